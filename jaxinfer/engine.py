@@ -1,0 +1,291 @@
+"""The engine's loop: plan, build, step, commit, with one step in flight. Host and device meet here.
+
+Engine owns the scheduler, the runner and the state of every request; it serves any number of callers
+in one thread. `LLM` (llm.py) is the user's face of it.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxinfer.batch import Builder, HostBatch, StepResult
+from jaxinfer.bias import BiasRows
+from jaxinfer.errors import EngineDeadError, InvalidRequestError, JaxInferError
+from jaxinfer.intake import Intake
+from jaxinfer.metrics import Metrics, StepStats
+from jaxinfer.outputs import LogprobReader, RequestState
+from jaxinfer.request import Request, RequestOutput, RequestOutputKind, StepPlan
+from jaxinfer.runner import Runner
+from jaxinfer.scheduling.scheduler import Scheduler
+from jaxinfer.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class _InFlight:
+    plan: StepPlan
+    batch: HostBatch
+    result: StepResult
+
+
+class Engine:
+    """Continuous batching over one model. Not thread-safe: one thread calls it.
+
+    `overlap`: plan and dispatch the next step before the tokens of the one on the device are known.
+    """
+
+    def __init__(
+        self,
+        *,
+        scheduler: Scheduler,
+        runner: Runner,
+        builder: Builder,
+        bias: BiasRows,
+        intake: Intake,
+        tokenizer: Tokenizer | None,
+        overlap: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.scheduler = scheduler
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.intake = intake
+        self.metrics = Metrics()
+        self._builder = builder
+        self._bias = bias
+        self._depth = 2 if overlap else 1
+        self._clock = clock
+        self._in_flight: deque[_InFlight] = deque()
+        self._states: dict[str, RequestState] = {}
+        self._changed: dict[str, None] = {}
+        self._last_token_time: dict[str, float] = {}
+        self._next_id = 0
+        self._dead: BaseException | None = None
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def add(
+        self,
+        prompt: Any,
+        params: Any = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        kind: RequestOutputKind | None = None,
+        add_special_tokens: bool = True,
+        cache_only: bool = False,
+    ) -> Request:
+        """Queue a request; `step` serves it.
+
+        Raises:
+            InvalidRequestError: it cannot be served. CapacityError: it can never fit the page pool, or
+            too many wait. The engine is unchanged then.
+        """
+        self.check_alive()
+        if request_id is None:
+            request_id = str(self._next_id)
+            self._next_id += 1
+        if not isinstance(request_id, str) or not request_id:
+            raise InvalidRequestError(
+                f"request_id must be a non-empty string; got {request_id!r:.100}",
+                param="request_id",
+            )
+        if request_id in self._states:
+            raise InvalidRequestError(
+                f"request_id {request_id!r:.100} is in use; ids must be unique", param="request_id"
+            )
+        request = self.intake.request(
+            prompt,
+            params,
+            request_id=request_id,
+            priority=priority,
+            add_special_tokens=add_special_tokens,
+            cache_only=cache_only,
+        )
+        self.scheduler.add(request)
+        self._states[request_id] = RequestState(
+            request, self.tokenizer, kind or request.params.output_kind
+        )
+        self.metrics.prompt_tokens += len(request.prompt_token_ids)
+        return request
+
+    def abort(self, request_id: str) -> bool:
+        """End a request at any stage; False where no such request is running or waiting.
+
+        Its last output says finish_reason "abort" and comes with the next `step`.
+        """
+        self.check_alive()
+        if not self.scheduler.abort(request_id):
+            return False
+        self._changed[request_id] = None
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.has_work or self._in_flight or self._changed)
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Advance by one device step: dispatch the next, then collect the oldest in flight.
+
+        Returns what is new, by each request's output kind. A fault of the device ends the engine.
+
+        Raises:
+            EngineDeadError: the engine failed, now or before, or is closed.
+        """
+        self.check_alive()
+        try:
+            self._dispatch()
+            if len(self._in_flight) >= self._depth or (self._in_flight and not self._dispatched):
+                self._collect(self._in_flight.popleft())
+        except (JaxInferError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            self._dead = error
+            raise EngineDeadError(
+                f"the engine failed in a step: {error}; every request in it is lost, make a new LLM"
+            ) from error
+        return self._take_outputs()
+
+    def _dispatch(self) -> None:
+        self._dispatched = False
+        if len(self._in_flight) >= self._depth:
+            return
+        begun = time.perf_counter()
+        plan = self.scheduler.plan()
+        if plan is None:
+            self._note_ended()
+            return
+        planned = time.perf_counter()
+        slots, uploads = self._bias.assign(plan)
+        batch = self._builder.build(plan, slots)
+        built = time.perf_counter()
+        result = self.runner.run(batch, plan.copies, uploads)
+        self._in_flight.append(_InFlight(plan, batch, result))
+        self._dispatched = True
+        self._note_ended()
+        self.metrics.num_steps += 1
+        self.metrics.steps.append(
+            StepStats(
+                bucket=str(batch.bucket),
+                num_rows=len(plan.rows),
+                num_tokens=plan.num_tokens,
+                pages_used=self.scheduler.pool.num_usable - self.scheduler.pool.num_available,
+                plan_seconds=planned - begun,
+                build_seconds=built - planned,
+                dispatch_seconds=time.perf_counter() - built,
+            )
+        )
+
+    def _note_ended(self) -> None:
+        """Requests that the scheduler failed have an output to hand out."""
+        for request in self.scheduler.take_failed():
+            self._changed[request.request_id] = None
+
+    def _collect(self, done: _InFlight) -> None:
+        tokens = np.asarray(done.result.tokens).tolist()
+        reader = LogprobReader(done.result, self.tokenizer)
+        for row, offset in zip(done.plan.rows, done.batch.offsets, strict=False):
+            request = row.sequence.request
+            state = self._states.get(request.request_id)
+            if state is not None and state.prompt_logprobs is not None and row.num_new:
+                state.add_prompt_logprobs(row, offset, reader)
+        index = {id(row.sequence): i for i, row in enumerate(done.plan.rows)}
+        now = self._clock()
+        for sequence, token in self.scheduler.commit(done.plan, tokens):
+            request_id = sequence.request.request_id
+            state = self._states.get(request_id)
+            if state is None:
+                continue
+            self._changed[request_id] = None
+            self._note_token(sequence.request, now)
+            stop = state.add_token(sequence, token, index[id(sequence)], reader)
+            if stop is not None and not sequence.is_finished:
+                self.scheduler.finish(sequence, "stop", stop)
+            elif stop is not None:  # the last token allowed also completed a stop string
+                sequence.finish_reason, sequence.stop_reason = "stop", stop
+        for row in done.plan.rows:  # those that ended without a token: cache_only, errors
+            request = row.sequence.request
+            if row.sequence.is_finished and request.request_id in self._states:
+                self._changed[request.request_id] = None
+        self._note_ended()
+
+    def _note_token(self, request: Request, now: float) -> None:
+        self.metrics.generation_tokens += 1
+        if request.metrics.first_token_time is None:
+            request.metrics.first_token_time = now
+            self.metrics.time_to_first_token.append(now - request.metrics.arrival_time)
+        else:
+            last = self._last_token_time.get(request.request_id, now)
+            self.metrics.inter_token_latency.append(now - last)
+        self._last_token_time[request.request_id] = now
+
+    def _take_outputs(self) -> list[RequestOutput]:
+        changed, self._changed = self._changed, {}
+        outputs = []
+        for request_id in changed:
+            state = self._states.get(request_id)
+            if state is None:
+                continue
+            if state.request.is_finished:
+                self._retire(state)
+            output = state.output()
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def _retire(self, state: RequestState) -> None:
+        request = state.request
+        request.metrics.finished_time = self._clock()
+        del self._states[request.request_id]
+        self._last_token_time.pop(request.request_id, None)
+        for sequence in request.sequences:
+            self._builder.forget(sequence)
+            self.metrics.finished(sequence.finish_reason or "error")
+
+    # -- ending -----------------------------------------------------------------------------------
+
+    def abort_all(self) -> None:
+        """Abort every request and wait for the device, so that all pages are back."""
+        for request_id in list(self._states):
+            self.abort(request_id)
+        self.settle()
+
+    def settle(self) -> list[RequestOutput]:
+        """Collect what is in flight without dispatching more; what is new, as `step` returns it."""
+        while self._in_flight:
+            self._collect(self._in_flight.popleft())
+        return self._take_outputs()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._dead is None
+
+    def check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDeadError(f"this engine has ended ({self._dead}); make a new LLM") from (
+                self._dead
+            )
+
+    def close(self) -> None:
+        """Abort everything and give the device's memory back. Closing twice is fine."""
+        if isinstance(self._dead, _Closed):
+            return
+        if self._dead is None:
+            self.abort_all()
+        for waiting in self._in_flight:
+            jax.block_until_ready(waiting.result)
+        self._in_flight.clear()
+        self._states.clear()
+        self._changed.clear()
+        self.runner.close()
+        self._dead = _Closed("it was closed")
+
+
+class _Closed(Exception):
+    """Marks an engine that was closed on purpose."""

@@ -1,0 +1,194 @@
+"""KVPages, the device's page pool, and the memory plan that sizes it before anything is allocated."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+from jaxinfer.errors import CapacityError, ConfigError
+from jaxinfer.models import Model
+
+GIB = 2**30
+CPU_KV_BYTES = GIB
+"""What the pages may take on a CPU when nothing is said: room for 22,000 tokens of the default model."""
+
+
+@partial(jax.tree_util.register_dataclass)
+@dataclass(frozen=True)
+class KVPages:
+    """All pages: one opaque pytree per layer (pallas_kernels owns its layout), and the token ids.
+
+    `tokens[p, i]` is the id whose K/V lie at slot i of page p, so that a row's history (for penalties)
+    is read through its page table like its keys, whatever was shared, copied or preempted.
+    """
+
+    layers: tuple[Any, ...]
+    tokens: Int32[Array, "P page_size"]
+
+
+def allocate(model: Model, num_pages: int, page_size: int) -> KVPages:
+    """`num_pages` empty pages, page 0 (the trash page, where padding is written) included."""
+    return KVPages(
+        layers=model.allocate(num_pages, page_size),
+        tokens=jnp.zeros((num_pages, page_size), jnp.int32),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes by purpose, decided before allocation. `limit` is what may be used, None if unknown."""
+
+    weights: int
+    pages: int
+    activations: int
+    sampler: int
+    limit: int | None
+    num_pages: int
+    page_size: int
+    max_model_len: int
+    max_num_seqs: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.pages + self.activations + self.sampler
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the pool holds; page 0 holds none."""
+        return (self.num_pages - 1) * self.page_size
+
+    def __str__(self) -> str:
+        rows = [
+            ("weights", self.weights),
+            ("KV pages", self.pages),
+            ("activations (estimate)", self.activations),
+            ("sampler state", self.sampler),
+            ("total", self.total),
+        ]
+        lines = ["memory plan:"]
+        lines += [f"  {name:<24}{_size(size):>12}" for name, size in rows]
+        if self.limit is not None:
+            lines.append(f"  {'may be used':<24}{_size(self.limit):>12}")
+        lines.append(
+            f"  {self.num_pages - 1:,} pages of {self.page_size} tokens hold {self.num_tokens:,} tokens:"
+            f" {self.num_tokens / self.max_model_len:.1f} requests of {self.max_model_len:,}"
+        )
+        return "\n".join(lines)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def device_memory(device: jax.Device) -> int | None:
+    """Bytes of memory the device lets us use, None where it does not say (CPU)."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return stats.get("bytes_limit") if stats else None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRequest:
+    """What the user said about memory; at most one of the last two is used, num_pages first."""
+
+    gpu_memory_utilization: float
+    kv_cache_memory_bytes: int | None
+    num_pages: int | None
+
+
+def make_plan(
+    model: Model,
+    *,
+    request: MemoryRequest,
+    device_bytes: int | None,
+    page_size: int,
+    max_model_len: int | None,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    bias_rows: int,
+) -> MemoryPlan:
+    """Size the page pool.
+
+    `num_pages` counts usable pages; one more is added for page 0. Without a size the pool takes what
+    `gpu_memory_utilization` of the device leaves after weights, activations and sampler state; on a CPU
+    (no limit known) 1 GiB, and never more than max_num_seqs requests of max_model_len can use.
+
+    Raises:
+        CapacityError: the model alone does not fit, or not one request of the given max_model_len does.
+    """
+    config = model.config
+    itemsize = jnp.dtype(model.dtype).itemsize
+    weights = sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(model.shapes())
+    )
+    width = config.hidden_size * 4 + config.intermediate_size * 3
+    width += (config.num_heads + 2 * config.num_kv_heads) * config.head_dim * 2
+    activations = max_num_batched_tokens * width * max(itemsize, 4)
+    activations += 4 * max_num_seqs * config.vocab_size * 4  # logits, scaled, noise, counts
+    sampler = bias_rows * config.vocab_size * 4
+    page_bytes = model.page_bytes(page_size) + page_size * 4
+    limit = None if device_bytes is None else int(device_bytes * request.gpu_memory_utilization)
+    fixed = weights + activations + sampler
+    if limit is not None and fixed >= limit:
+        raise CapacityError(
+            f"the model needs {_size(fixed)} (weights {_size(weights)}, activations "
+            f"{_size(activations)}) but gpu_memory_utilization={request.gpu_memory_utilization} of "
+            f"this device is {_size(limit)}; use a smaller model or dtype, lower "
+            f"max_num_batched_tokens ({max_num_batched_tokens}), or raise gpu_memory_utilization",
+            need=fixed,
+            have=limit,
+        )
+    wanted_len = max_model_len or config.max_position
+    pages_per_request = -(-wanted_len // page_size)
+    if request.num_pages is not None:
+        usable = request.num_pages
+    else:
+        if request.kv_cache_memory_bytes is not None:
+            room = request.kv_cache_memory_bytes
+        else:
+            room = CPU_KV_BYTES if limit is None else limit - fixed
+        usable = min(room // page_bytes - 1, pages_per_request * max_num_seqs)
+    if limit is not None and (usable + 1) * page_bytes + fixed > limit:
+        raise CapacityError(
+            f"{usable + 1} pages need {_size((usable + 1) * page_bytes)} but only "
+            f"{_size(limit - fixed)} are left beside the weights; lower num_pages or "
+            f"kv_cache_memory_bytes, or leave both out",
+            need=(usable + 1) * page_bytes,
+            have=limit - fixed,
+        )
+    if usable < 1:
+        raise CapacityError(
+            f"no page fits: one page of {page_size} tokens takes {_size(page_bytes)}; raise "
+            f"kv_cache_memory_bytes",
+            need=2 * page_bytes,
+        )
+    fits = min(wanted_len, usable * page_size)
+    if max_model_len is not None and fits < max_model_len:
+        raise CapacityError(
+            f"max_model_len={max_model_len} needs {pages_per_request} pages of {page_size} tokens but "
+            f"the pool has {usable}; lower max_model_len to {fits} or give the pages more memory",
+            need=pages_per_request,
+            have=usable,
+        )
+    return MemoryPlan(
+        weights=weights,
+        pages=(usable + 1) * page_bytes,
+        activations=activations,
+        sampler=sampler,
+        limit=limit,
+        num_pages=usable + 1,
+        page_size=page_size,
+        max_model_len=fits,
+        max_num_seqs=max_num_seqs,
+    )
+
+
+def check_page_size(page_size: int) -> int:
+    """A page size that every implementation can tile: a power of two from 8 to 256."""
+    if page_size not in (8, 16, 32, 64, 128, 256):
+        raise ConfigError(
+            f"page_size must be a power of two in 8..256; got {page_size!r}", field="page_size"
+        )
+    return page_size

@@ -1,0 +1,415 @@
+"""LLM: the class that users call. Argument and output names are vLLM's."""
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from jaxinfer import setup
+from jaxinfer.config import EngineConfig
+from jaxinfer.errors import ConfigError, InvalidRequestError, JaxInferError
+from jaxinfer.intake import per_prompt, split_prompts
+from jaxinfer.outputs import failed_output
+from jaxinfer.request import (
+    Request,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+    check_bool,
+    check_float,
+)
+from jaxinfer.runner import COMPILES
+from jaxinfer.tokenizer import Tokenizer
+
+
+class LLM:
+    """A language model, its pages and its scheduler.
+
+        with LLM() as llm:
+            print(llm.generate("The capital of France is")[0].outputs[0].text)
+
+    Args:
+        model: a safetensors directory, a GGUF file, a Hugging Face hub id, or None for the embedded
+            SmolLM2-135M-Instruct.
+        tokenizer: directory or hub id; None for the model's own.
+        **options: the fields of EngineConfig, with vLLM's names: dtype, max_model_len, max_num_seqs,
+            max_num_batched_tokens, page_size, num_pages, kv_cache_memory_bytes,
+            gpu_memory_utilization, enable_prefix_caching, scheduling_policy, seed, strict, ...
+
+    Raises:
+        ConfigError, ModelFormatError, TokenizerError, CapacityError: ValueErrors that say what to do.
+
+    `llm.config` is the effective configuration, `llm.memory_plan` where the memory goes. Not
+    thread-safe.
+    """
+
+    def __init__(self, model: str | None = None, tokenizer: str | None = None, **options: Any):
+        config = EngineConfig(
+            model=None if model is None else str(model),
+            tokenizer=None if tokenizer is None else str(tokenizer),
+            **options,
+        )
+        parts = setup.assemble(config)
+        self.config = parts.config
+        self.model = parts.model
+        self.memory_plan = parts.plan
+        self.engine = parts.engine
+        self._tokenizer = parts.tokenizer
+        self._verbose = setup.is_verbose(config)
+        self._mail: dict[str, list[RequestOutput]] = {}
+        self._queued: set[str] = set()
+        self._num_ids = 0
+
+    # -- generating -------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+        priority: int | list[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete each prompt; outputs in the prompts' order.
+
+        Args:
+            prompts: a string, a list of token ids, a dictionary ({"prompt": str} or
+                {"prompt_token_ids": [int]}, either with "cache_salt"), or a list of these.
+            sampling_params: one for all, or one per prompt; None: SamplingParams().
+            use_tqdm: show a progress bar; None: if standard error is a terminal.
+            priority: lower is served first under scheduling_policy="priority".
+
+        Raises:
+            InvalidRequestError: the one prompt cannot be served. In a list, a bad prompt fails alone:
+                its RequestOutput has `error` set and finish_reason "error".
+        """
+        return self._generate(prompts, sampling_params, use_tqdm, priority, special=True)
+
+    def chat(
+        self,
+        messages: list,
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict] | None = None,
+        chat_template_kwargs: dict | None = None,
+        cache_salt: str | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation ([{"role": ..., "content": ...}, ...]) or a list of them.
+
+        The model's chat template makes the prompt; the pages of earlier turns are reused.
+
+        Raises:
+            InvalidRequestError: as `generate`; or the messages are malformed, or there is no template.
+        """
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise InvalidRequestError(
+                "messages must be a non-empty list of {'role', 'content'} dictionaries, or of lists "
+                "of them",
+                param="messages",
+            )
+        single = not isinstance(messages[0], (list, tuple))
+        prompts: list[Any] = []
+        for conversation in [messages] if single else messages:
+            try:
+                prompts.append(
+                    self.chat_prompt(
+                        conversation,
+                        chat_template=chat_template,
+                        add_generation_prompt=add_generation_prompt,
+                        continue_final_message=continue_final_message,
+                        tools=tools,
+                        chat_template_kwargs=chat_template_kwargs,
+                        cache_salt=cache_salt,
+                    )
+                )
+            except InvalidRequestError as error:
+                if single:
+                    raise
+                prompts.append(error)
+        chosen = prompts[0] if single else prompts
+        return self._generate(chosen, sampling_params, use_tqdm, None, special=False)
+
+    def chat_prompt(
+        self, messages: list, *, cache_salt: str | None = None, **template_options: Any
+    ) -> dict:
+        """The prompt dictionary that `chat` generates from: text and token ids of a conversation."""
+        tokenizer = self.get_tokenizer()
+        text = tokenizer.apply_chat_template(messages, **template_options)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        prompt = {"prompt": text, "prompt_token_ids": ids}
+        return prompt if cache_salt is None else {**prompt, "cache_salt": cache_salt}
+
+    def stream(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        priority: int | list[int] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Yield what is new (text, token ids) of each prompt as it is made.
+
+        `request_id` tells the prompts of a list apart: the position in the list as a string, prefixed
+        with "stream-<n>-". Closing the iterator aborts what is not finished.
+        """
+        prompts, _ = split_prompts(prompts)
+        params = per_prompt(sampling_params, len(prompts), "sampling_params")
+        priorities = per_prompt(priority or 0, len(prompts), "priority")
+        self._num_ids += 1
+        return self._stream(prompts, params, priorities, f"stream-{self._num_ids}-")
+
+    def _stream(
+        self, prompts: list, params: list, priorities: list, prefix: str
+    ) -> Iterator[RequestOutput]:
+        live: set[str] = set()
+        try:
+            for i, prompt in enumerate(prompts):
+                request = self.engine.add(
+                    prompt,
+                    params[i],
+                    request_id=f"{prefix}{i}",
+                    priority=priorities[i],
+                    kind=RequestOutputKind.DELTA,
+                )
+                live.add(request.request_id)
+            while live:
+                for output in self._step(live):
+                    if output.finished:
+                        live.discard(output.request_id)
+                    yield output
+        finally:
+            self._drop(live)
+
+    # -- lower level ------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Any,
+        sampling_params: SamplingParams | None = None,
+        priority: int = 0,
+    ) -> None:
+        """Queue a request for `step`."""
+        self.engine.add(prompt, sampling_params, request_id=request_id, priority=priority)
+        self._queued.add(request_id)
+
+    def step(self) -> list[RequestOutput]:
+        """One engine step; what is new of the requests of `add_request`, by their output_kind."""
+        outputs = self._step(None)
+        self._queued -= {o.request_id for o in outputs if o.finished}
+        return outputs
+
+    def has_unfinished_requests(self) -> bool:
+        return self.engine.has_work
+
+    def abort(self, request_id: str | list[str]) -> None:
+        """End requests at any stage; ids that are not running or waiting are ignored."""
+        for one in [request_id] if isinstance(request_id, str) else request_id:
+            self.engine.abort(one)
+
+    def _step(self, mine: set[str] | None) -> list[RequestOutput]:
+        """Outputs of the requests in `mine`; of requests that no generate or stream owns if None.
+
+        Several streams may be open at once: what a step makes for the others waits in their mail.
+        """
+        if mine is None or not any(self._mail.get(i) for i in mine):
+            self._deliver(self.engine.step())
+        ids = [i for i in self._mail if (i in mine if mine is not None else i in self._queued)]
+        return [output for i in ids for output in self._mail.pop(i)]
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            self._mail.setdefault(output.request_id, []).append(output)
+
+    def _drop(self, live: set[str]) -> None:
+        """Abort `live` and throw their outputs away; the other requests go on."""
+        if not live or not self.engine.is_alive:
+            return
+        for request_id in live:
+            self.engine.abort(request_id)
+        self._deliver(self.engine.settle())
+        for request_id in live:
+            self._mail.pop(request_id, None)
+
+    def _generate(
+        self, prompts: Any, sampling_params: Any, use_tqdm: bool | None, priority: Any, special: bool
+    ) -> list[RequestOutput]:
+        prompts, single = split_prompts(prompts)
+        params = per_prompt(sampling_params, len(prompts), "sampling_params")
+        priorities = per_prompt(0 if priority is None else priority, len(prompts), "priority")
+        results: list[RequestOutput | None] = [None] * len(prompts)
+        live: dict[str, int] = {}
+        show = self._verbose if use_tqdm is None else use_tqdm
+        bar = tqdm(total=len(prompts), desc="generating", unit="req", disable=not show)
+        next_prompt = 0
+        num_generated, begun = 0, time.perf_counter()
+        try:
+            while next_prompt < len(prompts) or live:
+                while next_prompt < len(prompts) and self._has_room(params[next_prompt]):
+                    i = next_prompt
+                    next_prompt += 1
+                    added = self._try_add(prompts[i], params[i], priorities[i], special, single)
+                    if isinstance(added, Request):
+                        live[added.request_id] = i
+                    else:
+                        results[i] = added
+                        bar.update()
+                if not live:
+                    continue
+                for output in self._step(set(live)):
+                    results[live.pop(output.request_id)] = output
+                    num_generated += sum(len(o.token_ids) for o in output.outputs)
+                    rate = num_generated / (time.perf_counter() - begun)
+                    bar.set_postfix_str(f"{rate:.0f} tok/s", refresh=False)
+                    bar.update()
+        finally:
+            bar.close()
+            self._drop(set(live))
+        outputs = [r for r in results if r is not None]
+        if single and outputs[0].error is not None:
+            raise outputs[0].error
+        return outputs
+
+    def _has_room(self, params: Any) -> bool:
+        wanted = params.n if isinstance(params, SamplingParams) else 1
+        waiting = self.engine.scheduler.num_waiting
+        return not waiting or waiting + wanted <= self.config.max_num_waiting
+
+    def _try_add(
+        self, prompt: Any, params: Any, priority: Any, special: bool, single: bool
+    ) -> Request | RequestOutput:
+        """The queued request, or the output that says why this one prompt is refused."""
+        try:
+            if isinstance(prompt, JaxInferError):
+                raise prompt
+            return self.engine.add(
+                prompt,
+                params,
+                request_id=self._new_id(),
+                priority=priority,
+                kind=RequestOutputKind.FINAL_ONLY,
+                add_special_tokens=special,
+            )
+        except ValueError as error:
+            if single:
+                raise
+            return failed_output(self._new_id(), prompt, error)
+
+    def _new_id(self) -> str:
+        self._num_ids += 1
+        return f"generate-{self._num_ids}"
+
+    # -- prompt caching ---------------------------------------------------------------------------
+
+    def cache_prompt(
+        self, prompt: Any, *, ttl: float | None = None, pin: bool = False
+    ) -> RequestOutput:
+        """Compute a prompt's pages now, so that later prompts which begin with it start from there.
+
+        Args:
+            prompt: as in `generate`; its whole pages are kept, the tokens of the last, partly filled
+                page are not.
+            ttl: seconds after their last use at which the pages expire; None: never.
+            pin: keep the pages whatever else wants memory, until `unpin_prompt`, their ttl, or
+                `reset_prefix_cache`. Without it they go, least recently used first, as all others.
+
+        Returns:
+            RequestOutput with num_cached_tokens (already there) and num_cache_creation_tokens (new).
+
+        Raises:
+            InvalidRequestError: prefix caching is off, or the prompt or ttl is not valid.
+        """
+        if not self.config.enable_prefix_caching:
+            raise InvalidRequestError(
+                "cache_prompt needs enable_prefix_caching=True", param="enable_prefix_caching"
+            )
+        if ttl is not None:
+            ttl = check_float("ttl", ttl, 0.0, open_low=True)
+        check_bool("pin", pin)
+        request = self.engine.add(
+            prompt, SamplingParams(max_tokens=1), request_id=self._new_id(), cache_only=True,
+            kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        live = {request.request_id}
+        output = None
+        try:
+            while live:
+                for output in self._step(live):
+                    live.discard(output.request_id)
+        finally:
+            self._drop(live)
+        if request.error is not None:
+            raise request.error
+        if output is None:
+            raise AssertionError("a finished request has an output")
+        self.engine.scheduler.pin(request.prompt_token_ids, request.cache_salt, ttl=ttl, pin=pin)
+        return output
+
+    def unpin_prompt(self, prompt: Any) -> None:
+        """Let the pages of a pinned prompt be evicted again; a prompt that is not cached is ignored."""
+        request = self.engine.intake.request(
+            prompt, SamplingParams(max_tokens=1), request_id=self._new_id(), cache_only=True
+        )
+        self.engine.scheduler.pin(request.prompt_token_ids, request.cache_salt, ttl=None, pin=False)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached prefix, pinned ones too. Requests that run keep the pages they use."""
+        self.engine.check_alive()
+        self.engine.scheduler.reset_prefix_cache()
+        return True
+
+    # -- the rest ---------------------------------------------------------------------------------
+
+    def warmup(self, *, use_tqdm: bool | None = None) -> float:
+        """Compile every program the engine can need; seconds it took. `strict` counts from here."""
+        self.engine.check_alive()
+        show = self._verbose if use_tqdm is None else use_tqdm
+        runner = self.engine.runner
+        hits = COMPILES.cache_hits
+        with tqdm(total=runner.num_programs, desc="compiling", unit="prog", disable=not show) as bar:
+
+            def note(name: str) -> None:
+                bar.set_postfix_str(name, refresh=False)
+                bar.update()
+
+            seconds = runner.warmup(note)
+        if show:
+            print(
+                f"{runner.num_programs} programs ready in {seconds:.1f} s, "
+                f"{COMPILES.cache_hits - hits} from the compile cache",
+                file=sys.stderr,
+            )
+        return seconds
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises ConfigError where skip_tokenizer_init left it out."""
+        if self._tokenizer is None:
+            raise ConfigError("this engine has no tokenizer (skip_tokenizer_init=True)")
+        return self._tokenizer
+
+    def get_metrics(self) -> dict[str, float | int]:
+        """Counters since the start; times in seconds, percentiles over the last few thousand."""
+        runner = self.engine.runner
+        return {
+            **self.engine.metrics.summary(),
+            **self.engine.scheduler.metrics(),
+            "num_compiles": COMPILES.compiles,
+            "num_compile_cache_hits": COMPILES.cache_hits,
+            "num_compiles_after_warmup": runner.compiles_after_warmup or 0,
+        }
+
+    def close(self) -> None:
+        """End every request and give the memory back. The object cannot be used afterwards."""
+        self.engine.close()
+        self._mail.clear()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

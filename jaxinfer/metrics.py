@@ -1,0 +1,57 @@
+"""Counters and per-step statistics of an engine. Host only; bounded whatever it serves."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+HISTORY = 4096
+"""Steps and requests that are kept for percentiles."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One step: its bucket's name, rows, new tokens, pages in use, and host seconds by phase."""
+
+    bucket: str
+    num_rows: int
+    num_tokens: int
+    pages_used: int
+    plan_seconds: float
+    build_seconds: float
+    dispatch_seconds: float
+
+
+@dataclass(slots=True)
+class Metrics:
+    """What `llm.get_metrics()` reports; counts since the engine started."""
+
+    num_steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    requests_finished: dict[str, int] = field(default_factory=dict)
+    steps: deque[StepStats] = field(default_factory=lambda: deque(maxlen=HISTORY))
+    time_to_first_token: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY))
+    inter_token_latency: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY))
+
+    def finished(self, reason: str) -> None:
+        """`reason` is one of the four finish reasons, never text of a user."""
+        self.requests_finished[reason] = self.requests_finished.get(reason, 0) + 1
+
+    def summary(self) -> dict[str, float | int]:
+        """Flat name -> number; times in seconds."""
+        numbers: dict[str, float | int] = {
+            "num_steps": self.num_steps,
+            "prompt_tokens": self.prompt_tokens,
+            "generation_tokens": self.generation_tokens,
+        }
+        for reason, count in sorted(self.requests_finished.items()):
+            numbers[f"requests_finished_{reason}"] = count
+        for name in ("time_to_first_token", "inter_token_latency"):
+            values = sorted(getattr(self, name))
+            if values:
+                for percent in (50, 90, 99):
+                    at = min(len(values) - 1, len(values) * percent // 100)
+                    numbers[f"{name}_p{percent}"] = values[at]
+        host = [s.plan_seconds + s.build_seconds for s in self.steps]
+        if host:
+            numbers["host_seconds_per_step"] = sum(host) / len(host)
+        return numbers

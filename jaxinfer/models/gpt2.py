@@ -1,0 +1,92 @@
+"""GPT-2: LayerNorm with bias, learned positions, a plain MLP, biases everywhere.
+
+Its checkpoints store matrices [in, out] (Conv1D) and q, k and v fused in one; three rules split it.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from jaxinfer.config import ModelConfig
+from jaxinfer.models.layers import MLP, Attention, LayerNorm, Rotation
+from jaxinfer.params import Rule, Transform, embed_by_vocab, expect, unchanged, vocab_by_embed
+
+# Causal masks that old checkpoints store as buffers.
+IGNORED = ("*.attn.bias", "*.attn.masked_bias")
+
+
+class Block(nn.Module):
+    """One layer: x + attn(norm(x)), then x + mlp(norm(x)), with LayerNorm."""
+
+    config: ModelConfig
+    ops: Any
+    dtype: str
+    layer: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, pages: Any, table: Rotation | None, ragged: Any):
+        config = self.config
+        attention = Attention(config, self.ops, self.dtype, self.layer, name="attn")
+        normed = LayerNorm(config.norm_eps, name="attn_norm")(x)
+        attended, pages = attention(normed, pages, table, ragged)
+        x = x + attended
+        normed = LayerNorm(config.norm_eps, name="mlp_norm")(x)
+        return x + MLP(config, self.dtype, gated=False, name="mlp")(normed), pages
+
+
+def split_weight(array: np.ndarray, config: ModelConfig, *, part: int) -> np.ndarray:
+    """Part 0, 1, 2 (q, k, v) of the fused [D, 3*N*H], as [D, N, H]."""
+    d, n, h = config.hidden_size, config.num_heads, config.head_dim
+    return expect(array, (d, 3 * n * h)).reshape(d, 3, n, h)[:, part]
+
+
+def split_bias(array: np.ndarray, config: ModelConfig, *, part: int) -> np.ndarray:
+    """Part 0, 1, 2 (q, k, v) of the fused [3*N*H], as [N, H]."""
+    n, h = config.num_heads, config.head_dim
+    return expect(array, (3 * n * h,)).reshape(3, n, h)[part]
+
+
+def out_heads(array: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Output projection of attention: [N*H, D] -> [N, H, D]."""
+    n, h, d = config.num_heads, config.head_dim, config.hidden_size
+    return expect(array, (n * h, d)).reshape(n, h, d)
+
+
+def rules(config: ModelConfig) -> tuple[Rule, ...]:
+    """The weights of a GPT-2."""
+    layer = "transformer.h.{l}."
+    table = [
+        Rule("transformer.wte.weight", "embed", vocab_by_embed, ("vocab", "embed")),
+        Rule("transformer.wpe.weight", "positions", unchanged, ("position", "embed")),
+        Rule(
+            layer + "attn.c_proj.weight",
+            "layers_{l}/attn/o",
+            out_heads,
+            ("heads", "head_dim", "embed"),
+        ),
+        Rule(layer + "attn.c_proj.bias", "layers_{l}/attn/o_bias", unchanged, ("embed",)),
+        Rule(layer + "mlp.c_fc.weight", "layers_{l}/mlp/up", unchanged, ("embed", "mlp")),
+        Rule(layer + "mlp.c_fc.bias", "layers_{l}/mlp/up_bias", unchanged, ("mlp",)),
+        Rule(layer + "mlp.c_proj.weight", "layers_{l}/mlp/down", unchanged, ("mlp", "embed")),
+        Rule(layer + "mlp.c_proj.bias", "layers_{l}/mlp/down_bias", unchanged, ("embed",)),
+    ]
+    for part, (letter, heads) in enumerate((("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))):
+        weight: Transform = functools.partial(split_weight, part=part)
+        bias: Transform = functools.partial(split_bias, part=part)
+        path = f"layers_{{l}}/attn/{letter}"
+        table += [
+            Rule(layer + "attn.c_attn.weight", path, weight, ("embed", heads, "head_dim")),
+            Rule(layer + "attn.c_attn.bias", f"{path}_bias", bias, (heads, "head_dim")),
+        ]
+    norms = ((layer + "ln_1", "layers_{l}/attn_norm"), (layer + "ln_2", "layers_{l}/mlp_norm"))
+    for name, path in (*norms, ("transformer.ln_f", "norm")):
+        table += [
+            Rule(f"{name}.weight", f"{path}/scale", unchanged, ("norm",), "float32"),
+            Rule(f"{name}.bias", f"{path}/bias", unchanged, ("norm",), "float32"),
+        ]
+    if not config.tie_embeddings:
+        table.append(Rule("lm_head.weight", "lm_head", embed_by_vocab, ("embed", "vocab")))
+    return tuple(table)

@@ -1,0 +1,262 @@
+"""The parts of decoders: norms, rotary embedding, attention over pages, MLPs, embedding, logits.
+
+Modules are Flax Linen, used functionally: they hold configuration and no state. Every weight is
+obtained in one place, `weight`. Matmuls take operands in the model dtype and accumulate in float32;
+norms, rotations and logits are computed in float32. Pages are opaque: only `ops` looks into them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer.config import ModelConfig, RopeConfig
+
+Rotation = tuple[jax.Array, jax.Array]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def weight(module: nn.Module, name: str, shape: tuple[int, ...], dtype: str) -> Any:
+    """The module's parameter `name`, declared with `shape` and `dtype` where it is not given.
+
+    A given one is returned as it is; its shape was checked when it was loaded.
+    """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, nn.initializers.normal(0.02), shape, jnp.dtype(dtype))
+
+
+def einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`einsum(spec, x, w)` accumulated and returned in float32; the first axis of x is rows."""
+    if len(x) == 1 and x.dtype != jnp.float32:
+        # XLA:CPU converts the whole weight to float32 for one row of bfloat16, not for two.
+        return einsum(spec, jnp.concatenate([x, x]), w)[:1]
+    return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, in float32, cast to x's dtype (arXiv:1910.07467)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = weight(self, "scale", x.shape[-1:], "float32")
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        return (x32 * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std * scale + bias over the last axis, in float32, returned in x's dtype."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = weight(self, "scale", x.shape[-1:], "float32")
+        bias = weight(self, "bias", x.shape[-1:], "float32")
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(x.dtype)
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Angle per position of each rotated pair, float32 [H/2], by Hugging Face's operations.
+
+    "linear" divides all by `factor`; "llama3" divides long wavelengths by `factor`, keeps short
+    ones and interpolates between (Llama 3.1's published rope scaling).
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    base = (np.float32(1.0) / np.float32(rope.theta) ** exponents).astype(np.float32)
+    if rope.scaling == "none":
+        return base
+    factor = np.float32(rope.factor)
+    if rope.scaling == "linear":
+        return base / factor
+    wavelength = np.float32(2 * np.pi) / base
+    longest = np.float32(rope.original_max_position / rope.low_freq_factor)
+    shortest = np.float32(rope.original_max_position / rope.high_freq_factor)
+    spread = np.float32(rope.high_freq_factor - rope.low_freq_factor)
+    periods = np.float32(rope.original_max_position) / wavelength
+    smooth = (periods - np.float32(rope.low_freq_factor)) / spread
+    middle = (np.float32(1.0) - smooth) * base / factor + smooth * base
+    scaled = np.where(wavelength > longest, base / factor, middle)
+    return np.where(wavelength < shortest, base, scaled).astype(np.float32)
+
+
+def rotation(rope: RopeConfig, head_dim: int, positions: jax.Array) -> Rotation:
+    """cos and sin of the angles at positions int32 [T], float32 [T, 1, H/2] each."""
+    with jax.named_scope("rope_table"):
+        angles = positions.astype(jnp.float32)[:, None] * inverse_frequencies(rope, head_dim)
+        return jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+
+
+def rotate(x: jax.Array, table: Rotation) -> jax.Array:
+    """x [T, N, H] rotated by position, x[i] paired with x[i + H/2] (arXiv:2104.09864)."""
+    cos, sin = table
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of new tokens over a layer's pages, which it writes first.
+
+    x [T, D] -> [T, D]. Layer `layer` fixes the window; `qk_norm` puts an RMSNorm over the head
+    dimension of q and k before the rotation.
+    """
+
+    config: ModelConfig
+    ops: Any
+    dtype: str
+    layer: int
+    qk_norm: bool = False
+
+    @nn.nowrap
+    def project(self, name: str, x: jax.Array, num_heads: int) -> jax.Array:
+        """x [T, D] times weight `name` [D, N, H], with its bias where the model has one."""
+        shape = (num_heads, self.config.head_dim)
+        w = weight(self, name, (self.config.hidden_size, *shape), self.dtype)
+        y = einsum("td,dnh->tnh", x, w)
+        if self.config.qkv_bias:
+            y += weight(self, f"{name}_bias", shape, self.dtype).astype(jnp.float32)
+        return y.astype(self.dtype)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, pages: Any, table: Rotation | None, ragged: Any):
+        config = self.config
+        with jax.named_scope("qkv"):
+            q = self.project("q", x, config.num_heads)
+            k = self.project("k", x, config.num_kv_heads)
+            v = self.project("v", x, config.num_kv_heads)
+        if self.qk_norm:
+            q = RMSNorm(config.norm_eps, name="q_norm")(q)
+            k = RMSNorm(config.norm_eps, name="k_norm")(k)
+        if table is not None:
+            with jax.named_scope("rope"):
+                q, k = rotate(q, table), rotate(k, table)
+        with jax.named_scope("kv_write"):
+            pages = self.ops.kv_write(pages, k, v, ragged.slots)
+        with jax.named_scope("attention"):
+            attended = self.ops.paged_attention(
+                q,
+                pages,
+                ragged,
+                scale=config.query_scale,
+                window=config.windows[self.layer],
+                soft_cap=config.attn_soft_cap,
+            )
+        with jax.named_scope("out"):
+            # Two contracted axes would make XLA:CPU copy the weight; merged into one they are free.
+            shape = (config.num_heads, config.head_dim, config.hidden_size)
+            o = weight(self, "o", shape, self.dtype).reshape(-1, config.hidden_size)
+            y = einsum("tx,xd->td", attended.reshape(len(x), -1), o)
+            if config.out_bias:
+                bias = weight(self, "o_bias", (config.hidden_size,), self.dtype)
+                y += bias.astype(jnp.float32)
+            return y.astype(self.dtype), pages
+
+
+class MLP(nn.Module):
+    """x [T, D] -> [T, D]: down(act(gate(x)) * up(x)) where `gated`, else down(act(up(x)))."""
+
+    config: ModelConfig
+    dtype: str
+    gated: bool = True
+
+    @nn.nowrap
+    def project(self, spec: str, name: str, x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        """x times weight `name`, with its bias where the model has one; float32."""
+        y = einsum(spec, x, weight(self, name, shape, self.dtype))
+        if self.config.mlp_bias:
+            y += weight(self, f"{name}_bias", shape[1:], self.dtype).astype(jnp.float32)
+        return y
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        d, f = self.config.hidden_size, self.config.intermediate_size
+        activation = ACTIVATIONS[self.config.activation]
+        up = self.project("td,df->tf", "up", x, (d, f))
+        if self.gated:
+            inner = activation(self.project("td,df->tf", "gate", x, (d, f))) * up
+        else:
+            inner = activation(up)
+        return self.project("tf,fd->td", "down", inner.astype(self.dtype), (f, d)).astype(
+            self.dtype
+        )
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer: tokens, positions int32 [T] and pages -> hidden [T, D] and pages.
+
+    `block(config, ops, dtype, layer)` makes a layer, `norm(eps)` the final norm. A Python loop over
+    layers: a scan would slice (copy) stacked weights at every layer on CPU and GPU. Token ids and
+    positions of padding may hold anything; they are clipped.
+    """
+
+    config: ModelConfig
+    ops: Any
+    dtype: str
+    block: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module] = RMSNorm
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, positions: jax.Array, pages: tuple, ragged: Any):
+        config = self.config
+        with jax.named_scope("embed"):
+            x = self.embed(tokens, positions)
+        ropes = [self.rope_of(layer) for layer in range(config.num_layers)]
+        tables: dict[RopeConfig | None, Rotation | None] = {None: None}
+        for rope in dict.fromkeys(ropes):
+            if rope is not None:
+                tables[rope] = rotation(rope, config.head_dim, positions)
+        written = []
+        for layer in range(config.num_layers):
+            block = self.block(config, self.ops, self.dtype, layer, name=f"layers_{layer}")
+            x, layer_pages = block(x, pages[layer], tables[ropes[layer]], ragged)
+            written.append(layer_pages)
+        return self.norm(config.norm_eps, name="norm")(x), tuple(written)
+
+    @nn.nowrap
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """The rotary embedding of a layer; the local one, if any, where the layer has a window."""
+        if self.config.windows[layer] is not None and self.config.rope_local is not None:
+            return self.config.rope_local
+        return self.config.rope
+
+    @nn.nowrap
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """Rows of the table, scaled; with learned positions added where there is no rotation."""
+        config = self.config
+        table = weight(self, "embed", (config.vocab_size, config.hidden_size), self.dtype)
+        x = jnp.take(table, tokens, axis=0, mode="clip")
+        if config.embed_scale != 1.0:
+            x = x * jnp.asarray(config.embed_scale, self.dtype)
+        if config.rope is None:
+            shape = (config.max_position, config.hidden_size)
+            learned = weight(self, "positions", shape, self.dtype)
+            x = x + jnp.take(learned, positions, axis=0, mode="clip")
+        return x
+
+
+def unembed(params: dict[str, Any], hidden: jax.Array, config: ModelConfig) -> jax.Array:
+    """hidden [R, D] -> logits float32 [R, V], by the tied embedding or `lm_head`, soft-capped."""
+    with jax.named_scope("logits"):
+        if config.tie_embeddings:
+            logits = einsum("rd,vd->rv", hidden, params["embed"])
+        else:
+            logits = einsum("rd,dv->rv", hidden, params["lm_head"])
+        if config.final_soft_cap is not None:
+            cap = jnp.float32(config.final_soft_cap)
+            logits = cap * jnp.tanh(logits / cap)
+        return logits

@@ -1,0 +1,447 @@
+"""The host nouns: SamplingParams, Request, Sequence, StepPlan, Output. Standard library only.
+
+A Request is what a user asked for; its `n` samples are Sequences, the unit that the scheduler moves.
+A StepPlan says which tokens of which sequences the next device step computes.
+"""
+
+import copy
+import difflib
+import enum
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxinfer.errors import InvalidRequestError
+
+MAX_N = 16_384
+"""vLLM's bound on samples per prompt. An engine's own bound (`LLM(max_n=...)`) is usually lower."""
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_LOGIT_BIAS = 1_024
+GREEDY_EPS = 1e-5
+"""A temperature below this is greedy, as in vLLM: dividing by it would overflow float32."""
+MIN_TEMPERATURE = 0.01
+"""Temperatures in [GREEDY_EPS, MIN_TEMPERATURE) are raised to this, as in vLLM."""
+
+_NOT_YET = {
+    "structured_outputs": "structured outputs are not available yet",
+    "guided_decoding": "structured outputs are not available yet",
+    "logits_processors": "custom logits processors are not available yet",
+    "best_of": "best_of was removed from vLLM; use n",
+    "use_beam_search": "beam search is not available yet",
+    "extra_args": "extra_args has no meaning here",
+    "thinking_token_budget": "thinking_token_budget is not available yet",
+    "repetition_detection": "repetition_detection is not available yet",
+    "logprob_token_ids": "logprob_token_ids is not available yet; logprobs=k is",
+    "flat_logprobs": "flat_logprobs is not available yet; logprobs=k gives one dict per token",
+}
+
+
+class RequestOutputKind(enum.Enum):
+    """What each streamed RequestOutput holds: all so far, what is new, or one output at the end."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+def reject_unknown(kind: str, given: Any, known: Any) -> None:
+    """Raise InvalidRequestError naming the first key of `given` that is not in `known`."""
+    known = list(known)
+    for name in given:
+        if name in known:
+            continue
+        if name in _NOT_YET:
+            raise InvalidRequestError(f"{kind}: {name}: {_NOT_YET[name]}", param=name)
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        raise InvalidRequestError(f"{kind} has no field {name!r}; {hint}", param=str(name))
+
+
+def _invalid(name: str, value: object, allowed: str) -> InvalidRequestError:
+    shown = repr(value)
+    shown = shown if len(shown) <= 100 else shown[:97] + "..."
+    return InvalidRequestError(f"{name} must be {allowed}; got {shown}", param=name, value=value)
+
+
+def check_int(name: str, value: object, low: int, high: int | None, note: str = "") -> int:
+    """`value` as an int in [low, high]; bool and float are refused even where they compare equal."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _invalid(name, value, f"an integer{note}")
+    if value < low or (high is not None and value > high):
+        bounds = f">= {low}" if high is None else f"in {low}..{high}"
+        raise _invalid(name, value, f"an integer {bounds}{note}")
+    return value
+
+
+def check_float(
+    name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False
+) -> float:
+    """`value` as a finite float in [low, high], or (low, high] where `open_low`."""
+    bounds = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _invalid(name, value, f"a number in {bounds}")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise _invalid(name, value, f"a number in {bounds}") from None
+    if not math.isfinite(number) or number < low or number > high or (open_low and number == low):
+        raise _invalid(name, value, f"a finite number in {bounds}")
+    return number
+
+
+def check_bool(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _invalid(name, value, "True or False")
+    return value
+
+
+@dataclass(slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens for a request: vLLM's fields, meanings and defaults.
+
+    Every field is validated when the object is made and applied, per row, inside the jitted step.
+    Ranges that depend on the model (vocabulary, context) are checked when the request is added.
+    The order is: penalties, logit_bias, bans (allowed_token_ids, bad_words, min_tokens),
+    temperature, top_k, top_p, min_p. Log-probs are of the raw logits, before any of these.
+
+    Raises:
+        InvalidRequestError: (a ValueError) a field is unknown, of the wrong type or out of range.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+
+    def __new__(cls, *args: object, **fields: object) -> "SamplingParams":
+        if args:
+            raise InvalidRequestError(
+                f"SamplingParams takes keyword arguments only; got {args[0]!r} by position"
+            )
+        reject_unknown("SamplingParams", fields, cls.__dataclass_fields__)
+        return object.__new__(cls)
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_stops()
+        self._check_token_lists()
+        if self.n > 1 and self.is_greedy:
+            raise InvalidRequestError(
+                f"n must be 1 with temperature 0 (greedy samples are all equal); got n={self.n}",
+                param="n",
+                value=self.n,
+            )
+
+    def _check_numbers(self) -> None:
+        check_int("n", self.n, 1, MAX_N)
+        for name in ("presence_penalty", "frequency_penalty"):
+            setattr(self, name, check_float(name, getattr(self, name), -2.0, 2.0))
+        self.repetition_penalty = check_float(
+            "repetition_penalty", self.repetition_penalty, 0.0, 2.0, open_low=True
+        )
+        self.temperature = check_float("temperature", self.temperature, 0.0)
+        if GREEDY_EPS <= self.temperature < MIN_TEMPERATURE:
+            self.temperature = MIN_TEMPERATURE
+        self.top_p = check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        self.min_p = check_float("min_p", self.min_p, 0.0, 1.0)
+        check_int("top_k", self.top_k, -1, None, " (0 or -1: off)")
+        self.top_k = max(self.top_k, 0)
+        if self.seed is not None:
+            check_int("seed", self.seed, -(2**63), 2**63 - 1)
+            self.seed = None if self.seed == -1 else self.seed
+        if self.max_tokens is not None:
+            check_int("max_tokens", self.max_tokens, 1, None)
+        check_int("min_tokens", self.min_tokens, 0, None)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise _invalid("min_tokens", self.min_tokens, f"<= max_tokens ({self.max_tokens})")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), -1, None, " (-1: the whole vocabulary)")
+        for name in (
+            "ignore_eos",
+            "detokenize",
+            "skip_special_tokens",
+            "spaces_between_special_tokens",
+            "include_stop_str_in_output",
+        ):
+            check_bool(name, getattr(self, name))
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise _invalid("output_kind", self.output_kind, "a RequestOutputKind")
+
+    def _check_stops(self) -> None:
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        if stops is None:
+            stops = []
+        if not isinstance(stops, (list, tuple)) or not all(isinstance(s, str) for s in stops):
+            raise _invalid("stop", self.stop, "a string or a list of strings")
+        if len(stops) > MAX_STOP_STRINGS:
+            raise _invalid("stop", stops, f"at most {MAX_STOP_STRINGS} strings")
+        for text in stops:
+            if not 1 <= len(text) <= MAX_STOP_CHARS:
+                raise _invalid("stop", text, f"strings of 1..{MAX_STOP_CHARS} characters")
+        if stops and not self.detokenize:
+            raise InvalidRequestError("stop strings need detokenize=True", param="stop")
+        self.stop = list(stops)
+
+    def _check_token_lists(self) -> None:
+        if self.stop_token_ids is None:
+            self.stop_token_ids = []
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            ids = getattr(self, name)
+            if ids is None:
+                continue
+            if not isinstance(ids, (list, tuple)):
+                raise _invalid(name, ids, "a list of token ids")
+            setattr(self, name, [check_int(f"{name}[{i}]", t, 0, None) for i, t in enumerate(ids)])
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise _invalid("allowed_token_ids", [], "None or a list with at least one token id")
+        if self.bad_words is not None:
+            words = self.bad_words
+            if not isinstance(words, (list, tuple)) or not all(
+                isinstance(w, str) and w for w in words
+            ):
+                raise _invalid("bad_words", words, "a list of non-empty strings")
+            self.bad_words = list(words)
+        if self.logit_bias is not None:
+            self.logit_bias = self._checked_bias(self.logit_bias)
+
+    @staticmethod
+    def _checked_bias(bias: object) -> dict[int, float]:
+        if not isinstance(bias, dict):
+            raise _invalid("logit_bias", bias, "a dict of token id to bias")
+        if len(bias) > MAX_LOGIT_BIAS:
+            raise _invalid("logit_bias", f"{len(bias)} entries", f"at most {MAX_LOGIT_BIAS} ids")
+        checked = {}
+        for token, value in bias.items():
+            check_int("logit_bias key", token, 0, None)
+            checked[token] = check_float(f"logit_bias[{token}]", value, -100.0, 100.0)
+        return checked
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_EPS
+
+    @property
+    def needs_penalties(self) -> bool:
+        return bool(
+            self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        )
+
+    def clone(self) -> "SamplingParams":
+        """An independent copy."""
+        return copy.deepcopy(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Log-probability of a token under the raw logits, its 1-based rank and its text."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times in seconds of time.monotonic(); None until the event happened."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One sample of a request, with vLLM's fields.
+
+    `finish_reason` is "stop", "length", "abort", "error" or None while running; `stop_reason` the stop
+    token id or stop string that ended it, None for end-of-sequence.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """What `generate`, `chat` and `stream` return, with vLLM's fields.
+
+    `num_cached_tokens`: prompt tokens read from the prefix cache. `num_cache_creation_tokens`: tokens
+    (prompt and output, whole pages) that this request added to it. `error`: why the request failed,
+    None where it did not; then every output's finish_reason is "error".
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    metrics: RequestMetrics | None = None
+    num_cached_tokens: int = 0
+    num_cache_creation_tokens: int = 0
+    error: Exception | None = None
+
+
+Output = RequestOutput
+"""DESIGN's noun for what leaves the engine; vLLM's users know it as RequestOutput."""
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One prompt to serve. `stop_ids` are the ids that end it (stop_token_ids, and EOS unless ignored).
+
+    `bad_token_ids` are `bad_words` tokenised. `max_tokens` is resolved: an int that fits the context.
+    `arrival` counts requests of an engine; FCFS and all ties go by it. `cache_only` prefills and stops
+    (`llm.cache_prompt`). `bias_key` is a digest of what its bias row holds, b"" where it has none.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    eos_ids: frozenset[int] = frozenset()
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    bias_key: bytes = b""
+    prompt: str | None = None
+    cache_salt: str = ""
+    priority: int = 0
+    arrival: int = 0
+    seed: int = 0
+    cache_only: bool = False
+    metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(0.0))
+    sequences: list["Sequence"] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    num_cache_creation_tokens: int = 0
+    error: Exception | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.sequences) and all(s.is_finished for s in self.sequences)
+
+
+class Status(enum.Enum):
+    """Where a sequence is: WAITING for admission, RUNNING (owns pages), or FINISHED."""
+
+    WAITING = 0
+    RUNNING = 1
+    FINISHED = 2
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sample of a request; the scheduler owns and moves it.
+
+    `tokens` are the prompt, then what was generated and is known on the host; `num_in_flight` (0 or 1)
+    more were sampled by the step in flight and are still on the device. K/V of tokens [0, num_computed)
+    are in `pages`, or are being written by the step in flight; the rest are pending.
+    [0, num_committed) are known to be written and finite: only those enter the prefix cache.
+    """
+
+    request: Request
+    index: int
+    tokens: list[int]
+    status: Status = Status.WAITING
+    pages: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_committed: int = 0
+    num_in_flight: int = 0
+    num_preemptions: int = 0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the sequence, those still on the device included."""
+        return len(self.tokens) + self.num_in_flight
+
+    @property
+    def num_pending(self) -> int:
+        return self.num_tokens - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        """Sampled tokens, those still on the device included."""
+        return self.num_tokens - self.prompt_len
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is Status.FINISHED
+
+
+@dataclass(slots=True)
+class Row:
+    """One sequence's share of a step: tokens [start, start + num_new) get K/V.
+
+    `samples`: the last of them is the sequence's last, so a token is drawn. `num_new` is 0 for a sample
+    of `n > 1` that draws its first token from the logits of its leader's row (`logits_row`).
+    `fed_from`: the row of the step before whose sampled token is this row's last token, which the host
+    does not know yet; None when it does. `pages` and `generated` are as of this step.
+    """
+
+    sequence: Sequence
+    start: int
+    num_new: int
+    samples: bool
+    num_generated: int
+    pages: list[int]
+    fed_from: int | None = None
+    logits_row: int | None = None
+
+    @property
+    def kv_len(self) -> int:
+        return self.start + self.num_new
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What one device step computes: rows with one new token first, then prompt chunks.
+
+    `copies` are page pairs (source, destination) to be copied before the step (copy-on-write).
+    """
+
+    step_id: int
+    rows: list[Row]
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_new for row in self.rows)
+
+

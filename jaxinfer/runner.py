@@ -1,0 +1,217 @@
+"""The runner: the engine's only jax.jit. Owns params, pages and the compiled programs.
+
+Every program is compiled ahead of time for a bucket that is known before the engine starts, so that
+what is compiled, and when, is explicit. Nothing here knows about requests.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer import kv_cache
+from jaxinfer.batch import Bucket, Builder, HostBatch, StepResult
+from jaxinfer.errors import ConfigError, RecompileError
+from jaxinfer.models import Model
+from jaxinfer.step import copy_pages, set_bias_row, step
+
+COPY_PAIRS = 16
+"""Page pairs that one run of the copy program takes."""
+
+
+class CompileCounter:
+    """Counts XLA compilations and persistent-cache hits of the whole process, by jax.monitoring."""
+
+    def __init__(self) -> None:
+        self.compiles = 0
+        self.cache_hits = 0
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        jax.monitoring.register_event_listener(self._on_event)
+
+    def _on_duration(self, event: str, seconds: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.compiles += 1
+            self.seconds += seconds
+
+    def _on_event(self, event: str, **_: object) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            self.cache_hits += 1
+
+
+COMPILES = CompileCounter()
+"""The process's counter: jax.monitoring keeps its listeners for ever, so there is exactly one."""
+
+
+def use_compile_cache(directory: str | Path | None) -> Path | None:
+    """Turn on JAX's persistent compile cache; None leaves the process's setting as it is.
+
+    What is in the folder is run as code, so it must belong to the user and be writable by no other.
+
+    Raises:
+        ConfigError: the folder cannot be made, belongs to someone else, or others may write to it.
+    """
+    if directory is None:
+        return None
+    path = Path(directory).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        stat = path.stat()
+    except OSError as error:
+        raise ConfigError(
+            f"compilation_cache_dir {path} cannot be used ({error}); name a writable folder, or "
+            f"pass compilation_cache_dir=None"
+        ) from None
+    if hasattr(os, "getuid") and (stat.st_uid != os.getuid() or stat.st_mode & 0o022):
+        raise ConfigError(
+            f"compilation_cache_dir {path} must belong to you and be writable only by you, because "
+            f"compiled programs in it are run; chmod 700 it or name another folder"
+        )
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    # The small programs of small models are worth keeping too.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return path
+
+
+class Runner:
+    """Runs steps of one model on one device, in the order they are given.
+
+    `run` returns at once; the arrays of its StepResult are ready when the device is done.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: dict,
+        builder: Builder,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_num_seqs: int,
+        bias_rows: int,
+        num_top: int,
+        valid_vocab: int,
+        strict: bool = False,
+    ):
+        self.model = model
+        self.params = params
+        self.builder = builder
+        self.strict = strict
+        self.pages = jax.jit(partial(kv_cache.allocate, model, num_pages, page_size))()
+        self.bias_table = jnp.zeros((bias_rows, model.config.vocab_size), jnp.float32)
+        self.previous = jnp.zeros((max_num_seqs,), jnp.int32)
+        self._options = {"num_top": num_top, "valid_vocab": valid_vocab}
+        self._programs: dict[Bucket, Callable] = {}
+        self._copy: Callable | None = None
+        self._set_bias: Callable | None = None
+        self._warm_compiles: int | None = None
+        self.temp_bytes: dict[Bucket, int] = {}
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        return self.builder.buckets.all
+
+    def _compile_bucket(self, bucket: Bucket) -> Callable:
+        layout = self.builder.layouts[bucket]
+        function = jax.jit(
+            partial(step, self.model, layout, **self._options), donate_argnames="pages"
+        )
+        packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+        program = function.lower(
+            self.params, self.pages, self.bias_table, self.previous, packed
+        ).compile()
+        analysis = program.memory_analysis()
+        self.temp_bytes[bucket] = analysis.temp_size_in_bytes if analysis else 0
+        return program
+
+    def _compile_copy(self) -> Callable:
+        function = jax.jit(partial(copy_pages, self.model.ops), donate_argnames="pages")
+        pairs = jax.ShapeDtypeStruct((COPY_PAIRS,), jnp.int32)
+        return function.lower(self.pages, pairs, pairs).compile()
+
+    def _compile_set_bias(self) -> Callable:
+        function = jax.jit(set_bias_row, donate_argnames="table")
+        slot = jax.ShapeDtypeStruct((), jnp.int32)
+        row = jax.ShapeDtypeStruct((self.bias_table.shape[1],), jnp.float32)
+        return function.lower(self.bias_table, slot, row).compile()
+
+    def warmup(self, on_program: Callable[[str], None] | None = None) -> float:
+        """Compile every program that is not compiled yet; seconds it took.
+
+        Two are compiled at a time: tracing holds the interpreter, XLA does not.
+        """
+        started = time.perf_counter()
+        note = on_program or (lambda name: None)
+
+        def compile_one(bucket: Bucket) -> None:
+            if bucket not in self._programs:
+                self._programs[bucket] = self._compile_bucket(bucket)
+            note(str(bucket))
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(compile_one, reversed(self.buckets)))
+        self._copy = self._copy or self._compile_copy()
+        note("copy pages")
+        self._set_bias = self._set_bias or self._compile_set_bias()
+        note("set bias")
+        self._warm_compiles = COMPILES.compiles
+        return time.perf_counter() - started
+
+    @property
+    def num_programs(self) -> int:
+        return len(self.buckets) + 2
+
+    @property
+    def compiles_after_warmup(self) -> int | None:
+        """Compilations of the process since warmup() ended; None before it."""
+        return None if self._warm_compiles is None else COMPILES.compiles - self._warm_compiles
+
+    def _check_strict(self, what: str) -> None:
+        if self.strict and self.compiles_after_warmup:
+            raise RecompileError(
+                f"strict=True: {self.compiles_after_warmup} program(s) were compiled after warm-up, "
+                f"seen before {what}; run with jax_log_compiles to see which, or pass strict=False"
+            )
+
+    def run(
+        self,
+        batch: HostBatch,
+        copies: list[tuple[int, int]],
+        bias_rows: list[tuple[int, np.ndarray]],
+    ) -> StepResult:
+        """Copy pages, set bias rows, then dispatch the step; its tokens feed the next step."""
+        for slot, row in bias_rows:
+            self._set_bias = self._set_bias or self._compile_set_bias()
+            self.bias_table = self._set_bias(self.bias_table, np.int32(slot), row)
+        for at in range(0, len(copies), COPY_PAIRS):
+            pairs = np.zeros((2, COPY_PAIRS), np.int32)
+            some = copies[at : at + COPY_PAIRS]
+            pairs[:, : len(some)] = np.asarray(some, np.int32).T
+            self._copy = self._copy or self._compile_copy()
+            self.pages = self._copy(self.pages, pairs[0], pairs[1])
+        program = self._programs.get(batch.bucket)
+        if program is None:
+            program = self._programs[batch.bucket] = self._compile_bucket(batch.bucket)
+        self._check_strict(f"step {batch.bucket}")
+        result, self.pages = program(
+            self.params, self.pages, self.bias_table, self.previous, batch.packed
+        )
+        self.previous = result.tokens
+        return result
+
+    def close(self) -> None:
+        """Give the device's memory back: params, pages and sampler state."""
+        owned = (self.params, self.pages, self.bias_table, self.previous)
+        for leaf in jax.tree_util.tree_leaves(owned):
+            if not leaf.is_deleted():
+                leaf.delete()
+        self.params, self.pages = {}, None
+        self._programs.clear()
+        self._copy = self._set_bias = None

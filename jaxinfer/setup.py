@@ -1,0 +1,246 @@
+"""From an EngineConfig to the parts of an engine: source, model, memory plan, weights, tokenizer.
+
+Everything that can be wrong with a model or a setting is found here, before device memory is taken.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jaxinfer import kv_cache, models, weights
+from jaxinfer import tokenizer as tokenizers
+from jaxinfer.batch import Builder, Buckets
+from jaxinfer.bias import BiasRows
+from jaxinfer.config import EngineConfig, ModelConfig, SchedulerConfig
+from jaxinfer.engine import Engine
+from jaxinfer.errors import ConfigError
+from jaxinfer.intake import Intake
+from jaxinfer.models import Model
+from jaxinfer.runner import Runner, use_compile_cache
+from jaxinfer.scheduling.pages import PagePool
+from jaxinfer.scheduling.scheduler import Scheduler
+from jaxinfer.tokenizer import Tokenizer
+from pallas_kernels import dispatch
+
+_DEFAULTS = {  # platform: (page_size, max_num_seqs, max_num_batched_tokens)
+    "cpu": (16, 64, 512),
+    "gpu": (64, 256, 2048),
+    "tpu": (128, 256, 2048),
+}
+
+
+@dataclass(slots=True)
+class Parts:
+    """What `LLM` is made of. `config` has every None decided."""
+
+    config: EngineConfig
+    model: Model
+    engine: Engine
+    tokenizer: Tokenizer | None
+    plan: kv_cache.MemoryPlan
+
+
+def is_verbose(config: EngineConfig) -> bool:
+    return sys.stderr.isatty() if config.verbose is None else config.verbose
+
+
+def assemble(config: EngineConfig) -> Parts:
+    """Build an engine.
+
+    Raises:
+        ConfigError, ModelFormatError, TokenizerError, CapacityError: all ValueErrors, each naming the
+        file or option, the value, and what to do.
+    """
+    verbose = is_verbose(config)
+    use_compile_cache(config.compilation_cache_dir)
+    platform = jax.default_backend()
+    with weights.open_model(
+        config.model,
+        hf_overrides=config.hf_overrides,
+        revision=config.revision,
+        weights=config.load_format != "dummy",
+    ) as source:
+        ops = dispatch.resolve(config.attention_impl, platform=platform)
+        model_config = source.config
+        dtype = _dtype(config, model_config, platform)
+        model = models.build(model_config, ops, dtype)
+        tokenizer = _tokenizer(config, source)
+        config = _decide(config, source.name, dtype, platform, model_config)
+        plan = _memory(config, model)
+        config = dataclasses.replace(
+            config,
+            max_model_len=plan.max_model_len,
+            num_pages=plan.num_pages - 1,
+            kv_cache_memory_bytes=plan.pages,
+        )
+        if verbose:
+            _say(f"attention: {ops.name} ({ops.reason})\n{plan}")
+        params = _params(config, source, model, verbose)
+    engine = _engine(config, model, params, tokenizer, plan)
+    if verbose:
+        names = ", ".join(str(b) for b in engine.runner.buckets)
+        _say(f"buckets: {names}\n{describe(config)}")
+    return Parts(config, model, engine, tokenizer, plan)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def describe(config: EngineConfig) -> str:
+    """The effective configuration, one option per line."""
+    lines = ["configuration:"]
+    lines += [f"  {f.name:<24}{getattr(config, f.name)}" for f in dataclasses.fields(config)]
+    return "\n".join(lines)
+
+
+def _dtype(config: EngineConfig, model_config: ModelConfig, platform: str) -> str:
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if platform == "cpu" else model_config.dtype
+
+
+def _tokenizer(config: EngineConfig, source: weights.ModelSource) -> Tokenizer | None:
+    if config.skip_tokenizer_init:
+        return None
+    if config.tokenizer is not None:
+        tokenizer = tokenizers.from_directory(config.tokenizer)
+    elif source.gguf_metadata is not None:
+        tokenizer = tokenizers.from_gguf(source.gguf_metadata, source.path)
+    else:
+        tokenizer = tokenizers.from_directory(source.path)
+    if config.chat_template is not None:
+        tokenizer.chat_template = config.chat_template
+    tokenizers.check_vocab(tokenizer, source.config.vocab_size)
+    return tokenizer
+
+
+def _decide(
+    config: EngineConfig, name: str, dtype: str, platform: str, model_config: ModelConfig
+) -> EngineConfig:
+    """Fill in what was left open, but for what the memory plan decides."""
+    page_size, rows, tokens = _DEFAULTS.get(platform, _DEFAULTS["gpu"])
+    limit = model_config.max_position
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} exceeds the model's {limit} positions; lower it, or "
+            f"override max_position_embeddings through hf_overrides if you know the model can",
+            field="max_model_len",
+        )
+    tokens = config.max_num_batched_tokens or max(tokens, config.max_num_seqs or 0)
+    rows = config.max_num_seqs or min(rows, tokens)
+    if tokens < rows:
+        raise ConfigError(
+            f"max_num_batched_tokens ({tokens}) must be at least max_num_seqs ({rows}), or a step "
+            f"could not hold one token of each; raise the first or lower the second",
+            field="max_num_batched_tokens",
+        )
+    return dataclasses.replace(
+        config,
+        model=config.model or name,
+        dtype=dtype,
+        page_size=config.page_size or page_size,
+        max_num_seqs=rows,
+        max_num_batched_tokens=tokens,
+    )
+
+
+def _memory(config: EngineConfig, model: Model) -> kv_cache.MemoryPlan:
+    return kv_cache.make_plan(
+        model,
+        request=kv_cache.MemoryRequest(
+            config.gpu_memory_utilization, config.kv_cache_memory_bytes, config.num_pages
+        ),
+        device_bytes=kv_cache.device_memory(jax.devices()[0]),
+        page_size=config.page_size or 0,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs or 0,
+        max_num_batched_tokens=config.max_num_batched_tokens or 0,
+        bias_rows=(config.max_num_seqs or 0) + 1,
+    )
+
+
+def _params(
+    config: EngineConfig, source: weights.ModelSource, model: Model, verbose: bool
+) -> dict:
+    if config.load_format == "dummy":
+        return model.init_params(jax.random.key(config.seed & 0xFFFFFFFF))
+
+    def put(array: np.ndarray, path: str) -> jax.Array:
+        # A copy of our own: the file's pages must not be the array's memory once the file is closed.
+        return jnp.array(array, copy=True)
+
+    return weights.load(source, model, put, progress=verbose)
+
+
+def _engine(
+    config: EngineConfig,
+    model: Model,
+    params: dict,
+    tokenizer: Tokenizer | None,
+    plan: kv_cache.MemoryPlan,
+) -> Engine:
+    rows, tokens = config.max_num_seqs or 0, config.max_num_batched_tokens or 0
+    pages_per_row = math.ceil(plan.max_model_len / plan.page_size)
+    vocab = model.config.vocab_size
+    buckets = Buckets.make(rows, tokens)
+    builder = Builder(buckets, plan.page_size, pages_per_row)
+    num_top = vocab if config.max_logprobs < 0 else min(config.max_logprobs, vocab)
+    runner = Runner(
+        model,
+        params,
+        builder,
+        num_pages=plan.num_pages,
+        page_size=plan.page_size,
+        max_num_seqs=rows,
+        bias_rows=rows + 1,
+        num_top=num_top,
+        valid_vocab=vocab if tokenizer is None else min(vocab, tokenizer.vocab_size),
+        strict=config.strict,
+    )
+    pool = PagePool(plan.num_pages, plan.page_size)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_seqs=rows,
+            max_num_batched_tokens=tokens,
+            max_model_len=plan.max_model_len,
+            policy=config.scheduling_policy,
+            enable_prefix_caching=config.enable_prefix_caching,
+            max_num_waiting=config.max_num_waiting,
+        ),
+        pool,
+    )
+    eos = set(model.config.eos_token_ids)
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        eos.add(tokenizer.eos_token_id)
+    intake = Intake(
+        tokenizer,
+        vocab_size=vocab,
+        eos_token_ids=tuple(sorted(eos)),
+        max_model_len=plan.max_model_len,
+        max_n=config.max_n,
+        max_logprobs=config.max_logprobs,
+        seed=config.seed,
+    )
+    return Engine(
+        scheduler=scheduler,
+        runner=runner,
+        builder=builder,
+        bias=BiasRows(rows + 1, vocab),
+        intake=intake,
+        tokenizer=tokenizer,
+        overlap=config.async_scheduling,
+    )
+
+
+def progress_bar(verbose: bool, total: int, what: str, unit: str) -> tuple[tqdm, Callable]:
+    """A tqdm bar on standard error, silent unless `verbose`."""
+    bar = tqdm(total=total, desc=what, unit=unit, disable=not verbose, file=sys.stderr)
+    return bar, bar.update

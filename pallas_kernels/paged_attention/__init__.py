@@ -1,0 +1,111 @@
+"""Paged attention: queries of a ragged batch against K and V kept in pages. Owns the page layouts.
+
+    allocate(num_pages, page_size, num_kv_heads, head_dim, dtype) -> pages      one layer, zeros
+    page_bytes(page_size, num_kv_heads, head_dim, dtype) -> int                 one page, one layer
+    copy_pages(pages, src [C], dst [C]) -> pages                                padding pairs: (0, 0)
+    paged_attention(q [T, N, H], pages, ragged, *, scale, window, soft_cap) -> [T, N, H]
+
+`pages` is a pytree that only the implementation which allocated it can read. The contract:
+
+- A query at position p of its row sees the positions j <= p and, with a window w, only j > p - w.
+- score = scale * q . k; with a soft cap c, c * tanh(score / c); then the mask; softmax in float32.
+- Query head n reads KV head n // G. The output has q's dtype. Tokens that belong to no row give zeros.
+- What is not visible is selected away: NaN in page 0, in unused pages, behind the end of a row and in
+  the queries of padding tokens changes no bit of any other output.
+- Page ids outside the pool are clipped into it, never read outside; slots outside it are not written.
+- `copy_pages` reads every source before it writes: a page may be both source and destination.
+- Cost follows the real lengths: nothing is computed for pages behind the longest row of a batch.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import jax
+
+from pallas_kernels.common import (
+    check_array,
+    check_int32,
+    check_positive,
+    dtype_name,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Ragged:
+    """How the flat tokens of a step map to rows and pages. Arrays are int32.
+
+    page_table [S, MP]: page ids; entries behind a row's pages are 0, the page that nobody owns.
+    kv_lens [S]: tokens visible to the row after this step's writes; 0 for padding rows.
+    cu_q_lens [S + 1]: row i's new tokens are the flat tokens [cu[i], cu[i + 1]), and they are the
+        last positions of [0, kv_lens[i]); a row may have none.
+    num_decode []: rows [0, num_decode) have exactly one new token, so flat token i is row i's.
+    slots [T]: page * page_size + offset at which each new token's K and V go; padding: in page 0.
+    decode_only (static): no row has more than one new token, T == S, num_decode counts the real rows.
+    """
+
+    page_table: jax.Array
+    kv_lens: jax.Array
+    cu_q_lens: jax.Array
+    num_decode: jax.Array
+    slots: jax.Array
+    decode_only: bool = field(default=False, metadata={"static": True})
+
+
+def validate_layout(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int) -> None:
+    """ValueError unless all are ints >= 1."""
+    check_positive("num_pages", num_pages)
+    check_positive("page_size", page_size)
+    check_positive("num_kv_heads", num_kv_heads)
+    check_positive("head_dim", head_dim)
+
+
+def validate_copy(src: jax.Array, dst: jax.Array) -> None:
+    """ValueError unless `src` and `dst` are int32 [C]."""
+    check_array("src", src, (None,), "[C]")
+    check_array("dst", dst, (src.shape[0],), "[C]")
+    check_int32("src", src)
+    check_int32("dst", dst)
+
+
+def validate(
+    q: jax.Array,  # [T, N, H]
+    ragged: Ragged,
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> None:
+    """ValueError, naming argument, value and what is allowed, unless the arguments fit each other."""
+    dtype_name(q.dtype, "q.dtype")
+    check_array("q", q, (None, None, head_dim), "[T, N, H] with the pages' H")
+    if q.shape[1] % num_kv_heads:
+        raise ValueError(
+            f"q has {q.shape[1]} heads; it must be a multiple of the pages' {num_kv_heads} KV heads"
+        )
+    check_array("ragged.page_table", ragged.page_table, (None, None), "[S, MP]")
+    num_rows = ragged.page_table.shape[0]
+    check_array("ragged.kv_lens", ragged.kv_lens, (num_rows,), "[S]")
+    check_array("ragged.cu_q_lens", ragged.cu_q_lens, (num_rows + 1,), "[S + 1]")
+    check_array("ragged.num_decode", ragged.num_decode, (), "[]")
+    check_array("ragged.slots", ragged.slots, (q.shape[0],), "[T]")
+    for name in ("page_table", "kv_lens", "cu_q_lens", "num_decode", "slots"):
+        check_int32(f"ragged.{name}", getattr(ragged, name))
+    if ragged.decode_only and q.shape[0] != num_rows:
+        raise ValueError(
+            f"ragged.decode_only with {q.shape[0]} tokens and {num_rows} rows; they must be equal"
+        )
+    _validate_options(scale, window, soft_cap)
+
+
+def _validate_options(scale: float, window: int | None, soft_cap: float | None) -> None:
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"scale is {scale!r}; it must be a finite Python float")
+    if window is not None:
+        check_positive("window", window)
+    if soft_cap is not None and not (
+        isinstance(soft_cap, int | float) and math.isfinite(soft_cap) and soft_cap > 0
+    ):
+        raise ValueError(f"soft_cap is {soft_cap!r}; it must be None or a finite float > 0")

@@ -1,0 +1,306 @@
+"""Paged attention in plain XLA: the fast path on CPU, and right on GPU and TPU too.
+
+Owns its layout: K transposed, `k [P, K, H, page_size]`, and `v [P, K, page_size, H]`. XLA:CPU does not
+vectorise a float sum over the minor axis, and so both products reduce over another one: q.k over H
+with the positions minor, weights.v over positions with H minor.
+
+Online softmax (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135) over
+blocks of pages. Block boundaries are absolute positions of a row, and so the sums of a row do not
+depend on its batch mates. Nothing is ever of size tokens x tokens or tokens x longest row.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.common import MASKED, dtype_name
+from pallas_kernels.paged_attention import Ragged, validate, validate_copy, validate_layout
+
+# Positions per step of the decode loop and of the tile loop; query tokens per tile. A row's last few
+# tokens, and the few of a row that verifies a draft, take the small tile.
+DECODE_BLOCK = 128
+TILE_BLOCK = 128
+TILE = 64
+SMALL_TILE = 8
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pages:
+    """One layer's pool. bfloat16 is kept as its bits, uint16, where the scatter would copy it."""
+
+    k: jax.Array  # [P, K, H, page_size]
+    v: jax.Array  # [P, K, page_size, H]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The static part of one call."""
+
+    scale: float
+    window: int | None
+    soft_cap: float | None
+
+
+def allocate(
+    num_pages: int,
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: str,
+    *,
+    platform: str,
+) -> Pages:
+    """Pages of zeros for one layer."""
+    validate_layout(num_pages, page_size, num_kv_heads, head_dim)
+    stored = jnp.dtype(dtype_name(dtype, "dtype"))
+    if platform == "cpu" and stored == jnp.bfloat16:
+        # XLA:CPU of jax 0.10 copies the whole pool on a bfloat16 scatter, even a donated one.
+        stored = jnp.dtype(jnp.uint16)
+    return Pages(
+        k=jnp.zeros((num_pages, num_kv_heads, head_dim, page_size), stored),
+        v=jnp.zeros((num_pages, num_kv_heads, page_size, head_dim), stored),
+    )
+
+
+def page_bytes(page_size: int, num_kv_heads: int, head_dim: int, dtype: str) -> int:
+    """Bytes of one page of one layer."""
+    validate_layout(1, page_size, num_kv_heads, head_dim)
+    return page_size * 2 * num_kv_heads * head_dim * jnp.dtype(dtype_name(dtype, "dtype")).itemsize
+
+
+def copy_pages(pages: Pages, src: jax.Array, dst: jax.Array) -> Pages:
+    """Page dst[i] becomes what page src[i] was, for every i."""
+    validate_copy(src, dst)
+    return jax.tree.map(
+        lambda pool: pool.at[dst].set(pool.at[src].get(mode="clip"), mode="drop"), pages
+    )
+
+
+def to_stored(x: jax.Array, stored: jnp.dtype) -> jax.Array:
+    """`x` rounded to what a pool of dtype `stored` holds."""
+    if stored == jnp.uint16:
+        return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    return x.astype(stored)
+
+
+def _from_stored(x: jax.Array) -> jax.Array:
+    if x.dtype == jnp.uint16:
+        x = lax.bitcast_convert_type(x, jnp.bfloat16)
+    return x.astype(jnp.float32)
+
+
+def paged_attention(
+    q: jax.Array,  # [T, N, H]
+    pages: Pages,
+    ragged: Ragged,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> jax.Array:  # [T, N, H]
+    """See `pallas_kernels.paged_attention` for the contract."""
+    num_kv_heads, head_dim = pages.k.shape[1:3]
+    validate(
+        q,
+        ragged,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+    )
+    options = Options(scale, window, soft_cap)
+    num_tokens, num_heads, _ = q.shape
+    num_rows = ragged.page_table.shape[0]
+    scaled = q.astype(jnp.float32) * scale
+    scaled = scaled.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    decode_lens = jnp.where(
+        jnp.arange(num_rows, dtype=jnp.int32) < ragged.num_decode, ragged.kv_lens, 0
+    )
+    q_rows = _first(scaled, num_rows)
+    out = _decode(q_rows, pages, ragged.page_table, decode_lens, options)
+    if not ragged.decode_only:
+        out = _first(out, num_tokens)
+        out = _tiles(scaled, out, pages, ragged, options)
+    return out.reshape(num_tokens, num_heads, head_dim).astype(q.dtype)
+
+
+def _first(x: jax.Array, count: int) -> jax.Array:
+    """The first `count` rows of x, with zeros behind where x has fewer."""
+    padding = max(0, count - x.shape[0])
+    return jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))[:count]
+
+
+def _decode(
+    q: jax.Array,  # [S, K, G, H] float32, scaled
+    pages: Pages,
+    page_table: jax.Array,  # [S, MP]
+    kv_lens: jax.Array,  # [S]; 0: the row gives zeros
+    options: Options,
+) -> jax.Array:  # [S, K, G, H] float32
+    """One query per row, all rows at once, block by block up to the longest row."""
+    page_size = pages.k.shape[-1]
+    num_rows = q.shape[0]
+    block = max(1, DECODE_BLOCK // page_size)
+    table = _pad_table(page_table, block)
+    width = block * page_size
+    low = jnp.zeros_like(kv_lens)
+    first = jnp.int32(0)
+    if options.window is not None:
+        low = jnp.maximum(kv_lens - options.window, 0)
+        empty = jnp.int32(jnp.iinfo(jnp.int32).max)
+        first = jnp.min(jnp.where(kv_lens > 0, low, empty)) // width
+    end = (jnp.max(kv_lens) + (width - 1)) // width
+
+    def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        largest, total, acc = state
+        k, v = _gather(pages, lax.dynamic_slice_in_dim(table, i * block, block, axis=1))
+        pos = i * width + jnp.arange(width, dtype=jnp.int32)
+        visible = (pos < kv_lens[:, None]) & (pos >= low[:, None])  # [S, C]
+        scores = _cap(jnp.sum(q[..., None] * k[:, :, None], axis=3), options)  # [S, K, G, C]
+        seen = visible[:, None, None, :]
+        scores = jnp.where(seen, scores, MASKED)
+        new = jnp.maximum(largest, jnp.max(scores, axis=-1))
+        weights = jnp.where(seen, jnp.exp(scores - new[..., None]), 0.0)
+        v = jnp.where(visible[:, None, :, None], v, 0.0)
+        product = _einsum("skgc,skch->skgh", weights, v)
+        shrink = jnp.exp(largest - new)
+        total = total * shrink + jnp.sum(weights, axis=-1)
+        return new, total, acc * shrink[..., None] + product
+
+    largest = jnp.full(q.shape[:3], MASKED, jnp.float32)
+    state = (largest, jnp.zeros_like(largest), jnp.zeros_like(q))
+    _, total, acc = lax.fori_loop(first, end, step, state)
+    has_keys = (kv_lens > 0).reshape(num_rows, 1, 1, 1)
+    return jnp.where(has_keys, acc / jnp.where(has_keys, total[..., None], 1.0), 0.0)
+
+
+def _tiles(
+    q: jax.Array,  # [T, K, G, H] float32, scaled
+    out: jax.Array,  # [T, K, G, H] float32; rows [0, num_decode) are done
+    pages: Pages,
+    ragged: Ragged,
+    options: Options,
+) -> jax.Array:
+    """The rows behind num_decode, TILE query tokens at a time, in the order of their tokens."""
+    num_tokens = q.shape[0]
+    num_rows = ragged.page_table.shape[0]
+    table = _pad_table(ragged.page_table, max(1, TILE_BLOCK // pages.k.shape[-1]))
+    starts = ragged.cu_q_lens[:-1]
+    is_tiled = jnp.arange(num_rows, dtype=jnp.int32) >= ragged.num_decode
+    q_lens = jnp.where(is_tiled, ragged.cu_q_lens[1:] - starts, 0)
+    num_tiles = (q_lens + (TILE - 1)) // TILE
+    ends = jnp.cumsum(num_tiles, dtype=jnp.int32)
+    q = _first(q, num_tokens + TILE)  # a tile may begin at the last token
+    out = _first(out, num_tokens + TILE)
+
+    def attend(size: int, out: jax.Array, row: jax.Array, done: jax.Array) -> jax.Array:
+        start = starts[row] + done
+        tile = _tile(
+            lax.dynamic_slice_in_dim(q, start, size),
+            pages,
+            table[row],
+            ragged.kv_lens[row] - q_lens[row] + done,
+            jnp.minimum(q_lens[row] - done, size),
+            options,
+        )
+        # What a tile writes behind its row's end are zeros, and the next row's tiles come later.
+        return lax.dynamic_update_slice_in_dim(out, tile, start, axis=0)
+
+    def step(i: jax.Array, out: jax.Array) -> jax.Array:
+        row = jnp.sum(ends <= i, dtype=jnp.int32)
+        done = (i - ends[row] + num_tiles[row]) * TILE
+        is_small = q_lens[row] - done <= SMALL_TILE
+        return lax.cond(
+            is_small, partial(attend, SMALL_TILE), partial(attend, TILE), out, row, done
+        )
+
+    return lax.fori_loop(0, ends[-1], step, out)[:num_tokens]
+
+
+def _tile(
+    q: jax.Array,  # [tile, K, G, H]: the tokens at positions q_pos, q_pos + 1, ...
+    pages: Pages,
+    table: jax.Array,  # [MP]: the row's pages
+    q_pos: jax.Array,
+    count: jax.Array,  # real tokens of the tile
+    options: Options,
+) -> jax.Array:  # [TILE, K, G, H]; zeros behind `count`
+    """One tile of queries of one row against the blocks of pages that any of them sees."""
+    size, num_kv_heads, group, head_dim = q.shape
+    page_size = pages.k.shape[-1]
+    block = max(1, TILE_BLOCK // page_size)
+    width = block * page_size
+    offsets = jnp.arange(size, dtype=jnp.int32)
+    is_real = offsets < count
+    q = jnp.where(is_real[:, None, None, None], q, 0.0)
+    q = q.transpose(1, 2, 0, 3).reshape(num_kv_heads, group * size, head_dim)
+    q_pos_all = q_pos + offsets
+    high = q_pos + count
+    low = jnp.int32(0)
+    if options.window is not None:
+        low = jnp.maximum(q_pos - (options.window - 1), 0)
+
+    def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        largest, total, acc = state
+        k, v = _gather(pages, lax.dynamic_slice_in_dim(table, i * block, block)[None])
+        k, v = k[0], v[0]  # [K, H, C], [K, C, H]
+        pos = i * width + jnp.arange(width, dtype=jnp.int32)
+        owned = (pos >= low) & (pos < high)
+        v = jnp.where(owned[:, None], v, 0.0)
+        visible = owned & (pos <= q_pos_all[:, None]) & is_real[:, None]
+        if options.window is not None:
+            visible &= pos > q_pos_all[:, None] - options.window
+        scores = _cap(_einsum("kqh,khc->kqc", q, k), options).reshape(num_kv_heads, group, size, width)
+        scores = jnp.where(visible, scores, MASKED)
+        new = jnp.maximum(largest, jnp.max(scores, axis=-1))
+        weights = jnp.where(visible, jnp.exp(scores - new[..., None]), 0.0)
+        product = _einsum(
+            "kqc,kch->kqh", weights.reshape(num_kv_heads, group * size, width), v
+        )
+        shrink = jnp.exp(largest - new)
+        total = total * shrink + jnp.sum(weights, axis=-1)
+        return new, total, acc * shrink[..., None] + product.reshape(acc.shape)
+
+    largest = jnp.full((num_kv_heads, group, size), MASKED, jnp.float32)
+    acc = jnp.zeros((num_kv_heads, group, size, head_dim), jnp.float32)
+    state = (largest, jnp.zeros_like(largest), acc)
+    _, total, acc = lax.fori_loop(low // width, (high + (width - 1)) // width, step, state)
+    out = acc / jnp.where(is_real, total, 1.0)[..., None]
+    return out.transpose(2, 0, 1, 3)
+
+
+def _gather(pages: Pages, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The pages ids [R, B] as float32 k [R, K, H, C] and v [R, K, C, H], C = B * page_size.
+
+    Gathers (page, head) slices: each is contiguous, and v needs no transpose after.
+    """
+    num_pages, num_kv_heads, head_dim, page_size = pages.k.shape
+    num_rows, block = ids.shape
+    ids = jnp.clip(ids, 0, num_pages - 1)
+    slices = ids[:, None] * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)[:, None]
+    k = pages.k.reshape(-1, head_dim, page_size).at[slices].get(mode="promise_in_bounds")
+    v = pages.v.reshape(-1, page_size, head_dim).at[slices].get(mode="promise_in_bounds")
+    k = k.transpose(0, 1, 3, 2, 4).reshape(num_rows, num_kv_heads, head_dim, block * page_size)
+    v = v.reshape(num_rows, num_kv_heads, block * page_size, head_dim)
+    return _from_stored(k), _from_stored(v)
+
+
+def _cap(scores: jax.Array, options: Options) -> jax.Array:
+    if options.soft_cap is None:
+        return scores
+    return options.soft_cap * jnp.tanh(scores / options.soft_cap)
+
+
+def _pad_table(page_table: jax.Array, block: int) -> jax.Array:
+    """`page_table` with whole blocks of columns, so that no slice of it is shifted at its end."""
+    return jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % block)))
+
+
+_einsum = partial(
+    jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+)

@@ -1,0 +1,1 @@
+"""Tests of pallas_kernels: every operation, every implementation, against a float64 oracle."""

@@ -1,0 +1,265 @@
+"""Batches for the kernel tests: what they hold, how they are laid on pages, and what must come out.
+
+A Case is small data; `build` turns it into arrays through the public operations only, so one suite
+serves every page layout. `oracle` is float64 NumPy on the inputs as they were rounded.
+"""
+
+import itertools
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from pallas_kernels import Ops, Ragged
+
+AXES: dict[str, tuple[Any, ...]] = {
+    "heads": ((3, 3), (6, 2), (8, 2), (8, 1), (2, 1)),  # MHA, GQA 3, 4, MQA 8 and 2
+    "head_dim": (16, 64, 128, 256),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "page_size": (8, 16, 64),
+    "mask": ("causal", "window", "soft_cap", "window+soft_cap"),
+    "scenario": ("decode", "prefill", "mixed", "verify", "empty", "one", "edges", "shared"),
+}
+WINDOW, SOFT_CAP = 19, 1.5
+EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+
+
+@dataclass(frozen=True)
+class Case:
+    """`rows` are (new tokens, kv_len); the first `num_decode` of them have one new token each."""
+
+    rows: tuple[tuple[int, int], ...]
+    num_decode: int = 0
+    decode_only: bool = False
+    heads: tuple[int, int] = (6, 2)
+    head_dim: int = 16
+    dtype: str = "float32"
+    page_size: int = 8
+    window: int | None = None
+    soft_cap: float | None = None
+    shared_pages: int = 0  # the first pages of every row are those of row 0
+    padding_rows: int = 2
+    padding_tokens: int = 3
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The static arguments of paged_attention."""
+        return {
+            "scale": self.head_dim**-0.5,
+            "window": self.window,
+            "soft_cap": self.soft_cap,
+        }
+
+
+@dataclass
+class Built:
+    """A Case as arrays: `tokens[i]` are row i's flat tokens, `k[i]` and `v[i]` `[kv_len, K, H]`."""
+
+    case: Case
+    q: np.ndarray
+    k: list[np.ndarray]
+    v: list[np.ndarray]
+    tokens: list[np.ndarray]
+    ragged: dict[str, np.ndarray]
+    num_pages: int
+    written: np.ndarray = field(repr=False)  # slots that hold a real token
+
+    def device_ragged(self) -> Ragged:
+        """The Ragged of this batch."""
+        arrays = {name: jnp.asarray(x, jnp.int32) for name, x in self.ragged.items()}
+        return Ragged(**arrays, decode_only=self.case.decode_only)
+
+
+def scenario(name: str, page_size: int) -> dict[str, Any]:
+    """Rows of a named scenario; lengths cross the blocks and tiles of the implementations."""
+    p = page_size
+    decode = tuple((1, n) for n in (37, 1, 300, 128))
+    edges = tuple((1, m * p + d) for m in (1, 2) for d in (-1, 0, 1))
+    return {
+        "decode": {"rows": decode, "num_decode": 4, "decode_only": True},
+        "prefill": {"rows": ((150, 150), (70, 200), (8, 8)), "padding_tokens": 5},
+        "mixed": {"rows": (*decode[:3], (33, 33), (65, 130)), "num_decode": 3},
+        "verify": {"rows": ((5, 270), (3, 3), (9, p + 9), (1, p + 1), (8, 129))},
+        "empty": {"rows": ((1, 20), (0, 0), (0, 33), (7, 7), (0, 0)), "num_decode": 1},
+        "one": {"rows": ((1, 1),), "padding_tokens": 0},
+        "edges": {"rows": (*edges, (p, p), (p + 1, 2 * p), (p - 1, 2 * p - 1)), "num_decode": 6},
+        "shared": {
+            "rows": ((1, 3 * p + 2), (1, 2 * p), (6, 2 * p + 6), (p, 3 * p)),
+            "num_decode": 2,
+            "shared_pages": 2 if p < 64 else 1,
+        },
+    }[name]
+
+
+def pairwise() -> list[dict[str, Any]]:
+    """Few combinations of AXES in which every pair of values of two axes stands somewhere."""
+    names = list(AXES)
+    missing = {
+        (a, x, b, y)
+        for a, b in itertools.combinations(names, 2)
+        for x in AXES[a]
+        for y in AXES[b]
+    }
+    rng = np.random.default_rng(0)
+
+    def pairs(choice: dict[str, Any]) -> set[tuple[Any, ...]]:
+        return {(a, choice[a], b, choice[b]) for a, b in itertools.combinations(names, 2)}
+
+    chosen = []
+    while missing:
+        seed = min(missing, key=repr)
+        candidates = []
+        for _ in range(40):
+            choice = {name: AXES[name][rng.integers(len(AXES[name]))] for name in names}
+            choice[seed[0]], choice[seed[2]] = seed[1], seed[3]
+            candidates.append(choice)
+        best = max(candidates, key=lambda choice: len(pairs(choice) & missing))
+        missing -= pairs(best)
+        chosen.append(best)
+    return chosen
+
+
+def case_of(choice: dict[str, Any]) -> Case:
+    """The Case of one combination of AXES."""
+    plain = {name: choice[name] for name in ("heads", "head_dim", "dtype", "page_size")}
+    return Case(
+        **scenario(choice["scenario"], choice["page_size"]),
+        **plain,
+        window=WINDOW if "window" in choice["mask"] else None,
+        soft_cap=SOFT_CAP if "soft_cap" in choice["mask"] else None,
+    )
+
+
+def _page_table(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    """Shuffled pages for every row, some of the pool unused; and the size of the pool."""
+    counts = [-(-kv_len // case.page_size) for _, kv_len in case.rows]
+    num_pages = sum(counts) + 4
+    ids = rng.permutation(np.arange(1, num_pages))
+    width = max(counts) + 1
+    table = np.zeros((len(case.rows) + case.padding_rows, width), np.int32)
+    for i, count in enumerate(counts):
+        table[i, :count], ids = ids[:count], ids[count:]
+        if i and case.shared_pages:
+            table[i, : case.shared_pages] = table[0, : case.shared_pages]
+    return table, num_pages
+
+
+def build(case: Case, seed: int = 0) -> Built:
+    """Random N(0, 1) inputs for `case`, rounded to its dtype."""
+    rng = np.random.default_rng(seed)
+    num_heads, num_kv_heads = case.heads
+    dtype = np.dtype(getattr(ml_dtypes, case.dtype, case.dtype))
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(dtype)
+
+    table, num_pages = _page_table(case, rng)
+    num_rows = table.shape[0]
+    news = np.zeros(num_rows, np.int64)
+    news[: len(case.rows)] = [new for new, _ in case.rows]
+    kv_lens = np.zeros(num_rows, np.int32)
+    kv_lens[: len(case.rows)] = [kv_len for _, kv_len in case.rows]
+    cu = np.concatenate([[0], np.cumsum(news)])
+    num_tokens = num_rows if case.decode_only else int(cu[-1]) + case.padding_tokens
+    slots = np.arange(num_tokens) % case.page_size
+    k, v, tokens, written = [], [], [], []
+    for i, (new, kv_len) in enumerate(case.rows):
+        k.append(draw(kv_len, num_kv_heads, case.head_dim))
+        v.append(draw(kv_len, num_kv_heads, case.head_dim))
+        if i and case.shared_pages:
+            same = case.shared_pages * case.page_size
+            k[i][:same], v[i][:same] = k[0][:same], v[0][:same]
+        tokens.append(np.arange(cu[i], cu[i + 1]))
+        positions = np.arange(kv_len)
+        row_slots = table[i, positions // case.page_size] * case.page_size
+        written.append(row_slots + positions % case.page_size)
+        slots[cu[i] : cu[i + 1]] = written[i][kv_len - new :]
+    return Built(
+        case=case,
+        q=draw(num_tokens, num_heads, case.head_dim),
+        k=k,
+        v=v,
+        tokens=tokens,
+        ragged={
+            "page_table": table,
+            "kv_lens": kv_lens,
+            "cu_q_lens": cu,
+            "num_decode": np.asarray(case.num_decode),
+            "slots": slots,
+        },
+        num_pages=num_pages,
+        written=np.concatenate(written),
+    )
+
+
+def pages_of(ops: Ops, built: Built, fill: str | float) -> Any:
+    """The pool of `built`; every slot that holds no token is `fill` ("garbage": N(0, 1))."""
+    case = built.case
+    pages = ops.allocate(
+        built.num_pages, case.page_size, case.heads[1], case.head_dim, case.dtype
+    )
+    shape = (built.num_pages * case.page_size, case.heads[1], case.head_dim)
+    if fill == "garbage":
+        rng = np.random.default_rng(99)
+        k_all, v_all = (rng.standard_normal(shape).astype(built.q.dtype) for _ in range(2))
+    else:
+        k_all, v_all = (np.full(shape, fill, built.q.dtype) for _ in range(2))
+    k_all[built.written], v_all[built.written] = np.concatenate(built.k), np.concatenate(built.v)
+    slots = jnp.arange(shape[0], dtype=jnp.int32)
+    return jax.jit(ops.kv_write)(pages, jnp.asarray(k_all), jnp.asarray(v_all), slots)
+
+
+def attend(ops: Ops, built: Built, fill: str | float = np.nan, **options: Any) -> np.ndarray:
+    """paged_attention of `built` under jit; queries that belong to no row are `fill` too."""
+    q = built.q.copy()
+    is_padding = np.ones(len(q), bool)
+    is_padding[np.concatenate(built.tokens)] = False
+    q[is_padding] = 0.5 if fill == "garbage" else fill
+    arguments = {**built.case.options, **options}
+
+    def run(q: jax.Array, pages: Any, ragged: Ragged) -> jax.Array:
+        return ops.paged_attention(q, pages, ragged, **arguments)
+
+    out = jax.jit(run)(jnp.asarray(q), pages_of(ops, built, fill), built.device_ragged())
+    assert out.dtype == q.dtype and out.shape == q.shape
+    return np.asarray(out)
+
+
+def oracle(built: Built) -> np.ndarray:
+    """`[T, N, H]` float64: softmax over each row's visible keys; zeros for padding tokens."""
+    case = built.case
+    out = np.zeros(built.q.shape, np.float64)
+    group = case.heads[0] // case.heads[1]
+    for k, v, tokens, (new, kv_len) in zip(built.k, built.v, built.tokens, case.rows, strict=True):
+        for token, q_pos in zip(tokens, range(kv_len - new, kv_len), strict=True):
+            first = 0 if case.window is None else max(0, q_pos - case.window + 1)
+            for head in range(case.heads[0]):
+                keys = k[first : q_pos + 1, head // group].astype(np.float64)
+                scores = keys @ built.q[token, head].astype(np.float64) * case.head_dim**-0.5
+                if case.soft_cap is not None:
+                    scores = case.soft_cap * np.tanh(scores / case.soft_cap)
+                weights = np.exp(scores - scores.max())
+                values = v[first : q_pos + 1, head // group].astype(np.float64)
+                out[token, head] = weights @ values / weights.sum()
+    return out
+
+
+def max_error(out: np.ndarray, expected: np.ndarray) -> float:
+    """The largest absolute error; infinite where `out` is not finite."""
+    error = np.abs(out.astype(np.float64) - expected)
+    return float(np.where(np.isfinite(error), error, np.inf).max())
+
+
+def tolerance(dtype: str, expected: np.ndarray) -> float:
+    """float32: 2e-5; else 4 eps of the output's dtype at the largest output, + 2e-3."""
+    if dtype == "float32":
+        return 2e-5
+    return 4 * EPS[dtype] * float(np.abs(expected).max()) + 2e-3
+
+
+def changed(built: Built, **arrays: np.ndarray) -> Built:
+    """`built` with other arrays in its Ragged, the data as it was."""
+    return replace(built, ragged={**built.ragged, **arrays})

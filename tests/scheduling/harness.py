@@ -1,0 +1,147 @@
+"""A scheduler, an echo device and a clock, and what must come out of them."""
+
+from collections import deque
+from typing import Any
+
+from jaxinfer.config import SchedulerConfig
+from jaxinfer.errors import CapacityError, InvalidRequestError, NumericalError
+from jaxinfer.request import Request, SamplingParams, Sequence, StepPlan
+from jaxinfer.scheduling.pages import PagePool
+from jaxinfer.scheduling.scheduler import NO_TOKEN_ALLOWED, Scheduler
+from tests.echo import EchoDevice, reference
+
+VOCAB = 5
+
+
+class Harness:
+    """Drives a Scheduler as an engine does, with up to two plans outstanding, and checks it."""
+
+    def __init__(self, num_pages: int = 32, page_size: int = 4, **config: Any):
+        defaults = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "max_model_len": 32}
+        self.now = 0.0
+        self.pool = PagePool(num_pages, page_size)
+        self.config = SchedulerConfig(**{**defaults, **config})
+        self.scheduler = Scheduler(self.config, self.pool, clock=lambda: self.now)
+        self.device = EchoDevice(self.pool, VOCAB)
+        self.requests: list[Request] = []
+        self.pending: deque[tuple[StepPlan, list[int]]] = deque()
+        self.banned: set[str] = set()
+        self.ended: dict[Sequence, str] = {}
+
+    def add(self, prompt: list[int], **fields: Any) -> Request:
+        """Queue a request; fields of SamplingParams and of Request by name."""
+        names = set(SamplingParams.__dataclass_fields__) - {"max_tokens"}
+        params = SamplingParams(**{k: v for k, v in fields.items() if k in names})
+        rest = {"max_tokens": 4, **{k: v for k, v in fields.items() if k not in names}}
+        stop_ids = frozenset(rest.pop("eos", ())) | frozenset(params.stop_token_ids or ())
+        number = len(self.requests)
+        request = Request(
+            str(number), list(prompt), params, stop_ids=stop_ids, arrival=number, **rest
+        )
+        self.scheduler.add(request)
+        self.requests.append(request)
+        return request
+
+    def plan(self) -> StepPlan | None:
+        plan = self.scheduler.plan()
+        if plan is not None:
+            self.pending.append((plan, self.device.run(plan)))
+        self.check()
+        return plan
+
+    def commit(self) -> None:
+        plan, tokens = self.pending.popleft()
+        for i, row in enumerate(plan.rows):
+            if row.samples and tokens[i] >= 0 and row.sequence.request.request_id in self.banned:
+                tokens[i] = NO_TOKEN_ALLOWED
+        for sequence, token in self.scheduler.commit(plan, tokens):
+            assert sequence not in self.ended, "a token for a sequence that has ended"
+            assert sequence.tokens[-1] == token
+        self.check()
+
+    def step(self) -> None:
+        """One step with nothing left in flight."""
+        while self.pending:
+            self.commit()
+        if self.plan() is not None:
+            self.commit()
+
+    def drain(self, overlap: bool = False, max_steps: int = 3000) -> None:
+        """Run until everything has ended."""
+        for _ in range(max_steps):
+            if not self.scheduler.has_work:
+                return
+            planned = len(self.pending) < 2 and self.plan()
+            if self.pending and (not overlap or not planned or len(self.pending) == 2):
+                self.commit()
+        raise AssertionError(f"work is left after {max_steps} steps")
+
+    # -- what must hold ---------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """What must hold after every call."""
+        self.scheduler.check_invariants()
+        self._check_cached_content()
+        for request in self.scheduler.take_failed():
+            assert request.error is not None and request.is_finished
+        for request in self.requests:
+            for sequence in request.sequences:
+                if sequence.is_finished and sequence not in self.ended:
+                    self.ended[sequence] = str(sequence.finish_reason)
+                    self._check_ended(request, sequence)
+                assert self.ended.get(sequence) == sequence.finish_reason, "it ended twice"
+
+    def _check_cached_content(self) -> None:
+        salts: dict[int, str] = {}
+        for node in self.scheduler.cache.nodes() if self.scheduler.cache else ():
+            assert tuple(self.device.pages[node.page]) == node.tokens, "a page is not its key"
+            salts[node.page] = node.salt
+        for request in self.requests:
+            for sequence in request.sequences:
+                for page in sequence.pages:
+                    salt = salts.setdefault(page, request.cache_salt)
+                    assert salt == request.cache_salt, "a page is shared across salts"
+
+    def _check_ended(self, request: Request, sequence: Sequence) -> None:
+        tokens, reason, stop = self.expected(request, sequence.index)
+        generated = sequence.tokens[sequence.prompt_len :]
+        assert generated == tokens[: len(generated)], "the tokens are not the request's own"
+        if sequence.finish_reason in ("abort", "stop string"):
+            return
+        if sequence.finish_reason == "error":
+            self._check_error(request)
+            return
+        assert sequence.finish_reason == reason and sequence.stop_reason == stop
+        assert generated == tokens, "it ended early or late"
+
+    def _check_error(self, request: Request) -> None:
+        error = request.error
+        if isinstance(error, NumericalError):
+            assert any(name == request.request_id for name, _ in self.device.poisoned)
+        elif isinstance(error, CapacityError):
+            assert self.scheduler.cache and self.scheduler.cache.num_pinned
+        else:
+            assert isinstance(error, InvalidRequestError) and request.request_id in self.banned
+
+    def expected(self, request: Request, index: int) -> tuple[list[int], str, int | None]:
+        """Generated tokens, finish_reason and stop_reason of a sample that nothing disturbs."""
+        if request.cache_only:
+            return [], "length", None
+        prompt = request.prompt_token_ids
+        limit = min(request.max_tokens, self.config.max_model_len - len(prompt))
+        tokens = reference(prompt, limit, VOCAB, index)
+        for count, token in enumerate(tokens, 1):
+            if token in request.stop_ids and count >= request.params.min_tokens:
+                listed = request.params.stop_token_ids or []
+                return tokens[:count], "stop", token if token in listed else None
+        return tokens, "length", None
+
+    def check_drained(self) -> None:
+        """Nothing is left, and after a reset every page is free."""
+        cache, pool = self.scheduler.cache, self.pool
+        assert not self.scheduler.has_work and not self.pending
+        assert len(self.ended) == sum(len(request.sequences) for request in self.requests)
+        assert pool.num_free + (cache.num_cached if cache else 0) == pool.num_usable
+        self.scheduler.reset_prefix_cache()
+        self.scheduler.check_invariants()
+        assert pool.num_free == pool.num_usable
