@@ -2,9 +2,9 @@
 
     python benchmarks/attention_cpu.py --heads 9 --kv-heads 3 --head-dim 64 --page-size 16
 
-All implementations of a case run in one process, interleaved, and the best of the rounds counts: on a
-shared machine only ratios mean something. "gather" is the form to beat, one gather of every page of
-every row and two einsums. Each run chains --layers calls in one jit, as the layers of a model do.
+All implementations of a case run in one process, interleaved, and the best of the rounds counts: on
+a shared machine only ratios mean something. "gather" is the form to beat, one gather of every page
+of every row and two einsums. Each run chains --layers calls in one jit, as the layers of a model do.
 """
 
 import argparse

@@ -51,17 +51,18 @@ class BiasRows:
         return slot
 
 
-def bias_row(
-    vocab_size: int, params: SamplingParams, banned: Iterable[int] = ()
-) -> np.ndarray:
-    """[V] float32 to add to the logits: logit_bias, and -inf for what is not allowed or banned."""
+def bias_row(vocab_size: int, params: SamplingParams, banned: Iterable[int] = ()) -> np.ndarray:
+    """[V] float32 to add to the logits: logit_bias, and -inf for what is not allowed or banned.
+
+    Banned ids outside the vocabulary (a tokenizer may know more ids than the model) need no ban.
+    """
     row = np.zeros(vocab_size, np.float32)
     if params.allowed_token_ids is not None:
         row[:] = -np.inf
         row[params.allowed_token_ids] = 0.0
     for token, bias in (params.logit_bias or {}).items():
         row[token] += bias
-    row[list(banned)] = -np.inf
+    row[[token for token in banned if token < vocab_size]] = -np.inf
     return row
 
 

@@ -1,17 +1,18 @@
 """Renders a conversation with a model's chat template (Jinja), in a sandbox with bounded work.
 
-Templates come from the model's files or from the caller's own argument, never from inside a message:
-message text is data and `{{ }}` in it stays as it is. The sandbox denies access to Python's internals;
-beyond it, loop passes, range sizes, repetition and output length are bounded, so a hostile template
-ends in an error instead of running for ever. Filters that build one huge string remain possible: load
-templates only from models you trust.
+Templates come from the model's files or from the caller's own argument, never from inside a
+message: message text is data, and `{{ }}` in it stays as it is. The sandbox denies access to
+Python's internals; beyond it, loop passes, range sizes, repetition and output length are bounded, so
+a hostile template ends in an error instead of running for ever. Filters and concatenation can still
+build one huge string: load templates only from models you trust. `strftime_now` makes a prompt
+depend on the date, and so keeps one day's prompts from sharing a prefix with the next day's.
 """
 
 import json
 import threading
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
@@ -29,10 +30,12 @@ MAX_STEPS = 2_000_000
 MAX_MESSAGES = 2_048
 ROLES = ("system", "user", "assistant", "tool", "developer")
 _RESERVED = frozenset(
-    "messages tools documents add_generation_prompt continue_final_message chat_template tokenize "
-    "padding truncation max_length return_tensors return_dict tokenizer_kwargs "
-    "return_assistant_tokens_mask bos_token eos_token pad_token unk_token raise_exception "
-    "strftime_now range".split()
+    [
+        *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
+        *("chat_template", "tokenize", "padding", "truncation", "max_length", "return_tensors"),
+        *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "range"),
+        *("bos_token", "eos_token", "pad_token", "unk_token", "raise_exception", "strftime_now"),
+    ]
 )
 _MAX_MESSAGE_CHARS = 500
 
@@ -61,7 +64,7 @@ class _CountSteps(jinja2.visitor.NodeTransformer):
 class _Generation(jinja2.ext.Extension):
     """`{% generation %} … {% endgeneration %}` marks training text; here it renders its body."""
 
-    tags = frozenset({"generation"})
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
@@ -104,12 +107,11 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return _CountSteps().visit(super()._parse(source, name, filename))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Bounds the operators that make much out of little."""
         numeric = isinstance(left, (int, float)) and isinstance(right, (int, float))
         if operator == "*" and not numeric:
-            size = (left if isinstance(left, int) else len(left)) * (
-                right if isinstance(right, int) else len(right)
-            )
-            if size > MAX_OUTPUT_CHARS:
+            count, items = (left, right) if isinstance(left, int) else (right, left)
+            if isinstance(count, int) and count * len(str(items)) > MAX_OUTPUT_CHARS:
                 raise _WorkBound("a repetition of that size")
         elif operator == "**" and (not numeric or abs(left) > 2**32 or abs(right) > 64):
             raise _WorkBound("a power of that size")
@@ -164,6 +166,7 @@ class ChatTemplate:
         *,
         request: bool = False,
     ):
+        self.source = source
         self._special_texts = dict(special_texts)
         self._path = path
         self._request = request
@@ -172,7 +175,9 @@ class ChatTemplate:
         try:
             self._template = _ENVIRONMENT.from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise self._fault(f"is not valid Jinja: {error.message} (line {error.lineno})") from error
+            raise self._fault(
+                f"is not valid Jinja: {error.message} (line {error.lineno})"
+            ) from error
         except (jinja2.TemplateError, RecursionError) as error:
             raise self._fault(f"cannot be compiled: {error}") from error
         self._probe()
@@ -189,7 +194,9 @@ class ChatTemplate:
         Only too much work counts: a template may well refuse this conversation.
         """
         try:
-            self._run({"messages": [{"role": "user", "content": "a"}], "add_generation_prompt": True})
+            self._run(
+                {"messages": [{"role": "user", "content": "a"}], "add_generation_prompt": True}
+            )
         except _WorkBound as error:
             raise self._fault(f"does too much work: {error}") from error
         except InvalidRequestError:

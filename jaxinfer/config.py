@@ -263,11 +263,11 @@ class EngineConfig:
 class SchedulerConfig:
     """How requests share the steps of an engine. All counts are per engine.
 
-    `max_num_seqs` bounds the rows of a step, `max_num_batched_tokens` its new tokens, `max_model_len`
-    the tokens of a sequence. `policy` "priority" serves lower `Request.priority` first, "fcfs" by
-    arrival alone. A sequence preempted `max_preemptions` times is not chosen again while another can
-    be. A sequence that waited while `max_wait_steps` steps admitted others is admitted next, whatever
-    its priority. Beyond `max_num_waiting` waiting sequences, `add` refuses.
+    `max_num_seqs` bounds the rows of a step, `max_num_batched_tokens` its new tokens,
+    `max_model_len` the tokens of a sequence. `policy` "priority" serves lower `Request.priority`
+    first, "fcfs" by arrival alone. A sequence preempted `max_preemptions` times is not chosen again
+    while another can be. A sequence that waited while `max_wait_steps` steps admitted others is
+    admitted next, whatever its priority. Beyond `max_num_waiting` waiting sequences, `add` refuses.
     """
 
     max_num_seqs: int
@@ -294,7 +294,7 @@ class SchedulerConfig:
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
-                f"max_num_seqs ({self.max_num_seqs}): every running sequence needs a token per step",
+                f"max_num_seqs ({self.max_num_seqs}): each running sequence needs a token per step",
                 field="max_num_batched_tokens",
             )
         if self.policy not in ("fcfs", "priority"):

@@ -1,7 +1,7 @@
 """Turns one sample's tokens into text as they arrive, and ends it at a stop string.
 
-The text never holds half a UTF-8 character, does not depend on how the tokens were grouped, and equals
-`Tokenizer.decode` of all of them. `delta()` gives out only text that no stop string can still claim.
+The text never holds half a UTF-8 character, does not depend on how the tokens were grouped, and
+equals `Tokenizer.decode` of all of them. `delta()` gives out only what no stop string can claim.
 """
 
 import codecs
@@ -50,8 +50,8 @@ class _ByteStream:
 class _WindowStream:
     """Decodes tokens whose text depends on those before: a short window is decoded anew each time.
 
-    The new text is what the window's text gained. The window starts at the last token whose text was
-    given out, so that the decoder's treatment of a first token (leading space) is not repeated.
+    The new text is what the window's text gained. The window starts at the last token whose text
+    was given out, so that the decoder's treatment of a first token (its space) is not repeated.
     """
 
     def __init__(
@@ -96,10 +96,10 @@ class Detokenizer:
     """The text of one sample.
 
     `push` tokens; read `text` (all so far) or `delta()` (new since the last call and safe to show);
-    `flush` at the end. Once `stopped_by` names a stop string, the text is final and pushes are ignored.
+    `flush` at the end. Once `stopped_by` names a stop string, the text is final.
 
     Args:
-        tokenizer: whose ids these are. Ids past its vocabulary (padding rows of an embedding) are "".
+        tokenizer: whose ids these are. Ids past its vocabulary (an embedding's padding) are "".
         prompt_ids: what came before; gives context (leading spaces, a character cut in two).
         skip_special_tokens: leave special tokens out of the text.
         spaces_between_special_tokens: see `Tokenizer.decode`.

@@ -1,8 +1,8 @@
-"""Builds a `tokenizers.Tokenizer` from the metadata of a GGUF file, so that it tokenises as llama.cpp does.
+"""Builds a `tokenizers.Tokenizer` from a GGUF file's metadata; it tokenises as llama.cpp does.
 
-Two vocabulary kinds are known: "gpt2" (byte-level BPE, its pre-tokenizer named by `tokenizer.ggml.pre`)
-and "llama" (SentencePiece BPE: merges ordered by score, bytes for what has no token). Everything else is
-refused, since a wrong pre-tokenizer gives fluent but wrong token ids. Metadata is validated before use.
+Two vocabulary kinds are known: "gpt2" (byte-level BPE; `tokenizer.ggml.pre` names how words are
+split) and "llama" (SentencePiece BPE: merges ordered by score, bytes for what has no token). Others
+are refused: a wrong pre-tokenizer gives fluent but wrong ids. Metadata is validated before use.
 """
 
 import math
@@ -11,7 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from tokenizers.models import BPE
 
 from jaxinfer.errors import TokenizerError
@@ -36,7 +44,7 @@ _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """Regular expressions that split the text one after the other, and what else the name implies."""
+    """Regular expressions that split the text in turn, and what else the name implies."""
 
     splits: tuple[str, ...]
     ignore_merges: bool = False
@@ -59,11 +67,15 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
 """llama.cpp's names; each family is compared with llama.cpp in the test goldens."""
 
 _CONTROL_TEXTS = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <end_of_turn> <|endoftext|> <|eom_id|> <EOT> "
-    "_<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> </s> <|fim_prefix|> <fim-prefix> <fim_prefix> "
-    "<PRE> <|fim_suffix|> <fim-suffix> <fim_suffix> <SUF> <|fim_middle|> <fim-middle> <fim_middle> <MID> "
-    "<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> "
-    "<|file_sep|> \u2581<PRE> \u2581<SUF> \u2581<MID>".split()
+    [
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>"),
+        *("<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>"),
+        *("<end_of_utterance>", "</s>", "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<PRE>"),
+        *("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<SUF>", "<|fim_middle|>", "<MID>"),
+        *("<fim-middle>", "<fim_middle>", "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "[PAD]"),
+        *("<PAD>", "\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>"),
+        *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>"),
+    ]
 )
 """Texts that llama.cpp treats as control tokens whatever the file says of their type."""
 
@@ -99,7 +111,7 @@ def build(metadata: Mapping[str, Any], path: object = None) -> GgufTokenizer:
         path: the file, for messages.
 
     Raises:
-        TokenizerError: a field is missing, malformed or contradicts another, or the kind is unknown.
+        TokenizerError: a field is missing, malformed or of an unknown kind, or contradicts another.
     """
     model = _field(metadata, "model", str, path)
     if model not in ("gpt2", "llama"):
@@ -279,10 +291,8 @@ def _read_merges(
     return list(merges)
 
 
-def _sentencepiece(
-    metadata: Mapping[str, Any], vocabulary: _Vocabulary, path: object
-) -> Tokenizer:
-    """Space becomes U+2581, then the pair whose token scores highest is merged until none is left."""
+def _sentencepiece(metadata: Mapping[str, Any], vocabulary: _Vocabulary, path: object) -> Tokenizer:
+    """Space becomes U+2581, then the pair whose token scores highest is merged, until none can."""
     if vocabulary.scores is None:
         raise _error("is missing", "scores", path)
     prefix = _field(metadata, "add_space_prefix", bool, path, True)

@@ -386,6 +386,11 @@ class LLM:
             )
         return seconds
 
+    @property
+    def params(self) -> dict:
+        """The model's weights, for `jaxinfer.generate` and the like; they live while the engine does."""
+        return self.engine.runner.params
+
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises ConfigError where skip_tokenizer_init left it out."""
         if self._tokenizer is None:

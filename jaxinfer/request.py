@@ -22,6 +22,8 @@ GREEDY_EPS = 1e-5
 """A temperature below this is greedy, as in vLLM: dividing by it would overflow float32."""
 MIN_TEMPERATURE = 0.01
 """Temperatures in [GREEDY_EPS, MIN_TEMPERATURE) are raised to this, as in vLLM."""
+MAX_TEMPERATURE = (2 - 2**-23) * 2.0**127
+"""The largest float32: above it the device would see infinity."""
 
 _NOT_YET = {
     "structured_outputs": "structured outputs are not available yet",
@@ -59,7 +61,10 @@ def reject_unknown(kind: str, given: Any, known: Any) -> None:
 
 
 def _invalid(name: str, value: object, allowed: str) -> InvalidRequestError:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
+        shown = f"an integer of {int(value).bit_length()} bits" if type(value) is int else "?"
     shown = shown if len(shown) <= 100 else shown[:97] + "..."
     return InvalidRequestError(f"{name} must be {allowed}; got {shown}", param=name, value=value)
 
@@ -160,7 +165,7 @@ class SamplingParams:
         self.repetition_penalty = check_float(
             "repetition_penalty", self.repetition_penalty, 0.0, 2.0, open_low=True
         )
-        self.temperature = check_float("temperature", self.temperature, 0.0)
+        self.temperature = check_float("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
         if GREEDY_EPS <= self.temperature < MIN_TEMPERATURE:
             self.temperature = MIN_TEMPERATURE
         self.top_p = check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
@@ -364,9 +369,9 @@ class Status(enum.Enum):
 class Sequence:
     """One sample of a request; the scheduler owns and moves it.
 
-    `tokens` are the prompt, then what was generated and is known on the host; `num_in_flight` (0 or 1)
-    more were sampled by the step in flight and are still on the device. K/V of tokens [0, num_computed)
-    are in `pages`, or are being written by the step in flight; the rest are pending.
+    `tokens` are the prompt, then what was generated and is known on the host; `num_in_flight` more
+    (one per uncommitted plan that samples it) are still on the device. K/V of tokens
+    [0, num_computed) are in `pages`, or are being written by a step in flight; the rest are pending.
     [0, num_committed) are known to be written and finite: only those enter the prefix cache.
     """
 
@@ -443,5 +448,3 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(row.num_new for row in self.rows)
-
-

@@ -19,6 +19,8 @@ NON_FINITE = -1
 NOTHING_ALLOWED = -2
 """Token id that stands for: every token of this row was banned."""
 _NEG_INF = float("-inf")
+_MAX = float(jnp.finfo(jnp.float32).max)
+_TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 def process_logits(
@@ -79,7 +81,8 @@ def _apply_penalties(
     seen = in_prompt | (counts > 0)
     repetition = params.repetition[:, None]
     scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
-    logits = jnp.where(seen, scaled, logits)
+    # A tiny penalty overflows, and inf plus a ban would be NaN, which argmax prefers to any number.
+    logits = jnp.where(seen, jnp.clip(scaled, -_MAX, _MAX), logits)
     logits = logits - params.frequency[:, None] * counts
     return logits - params.presence[:, None] * (counts > 0).astype(jnp.float32)
 
@@ -92,6 +95,8 @@ def filtered_logits(logits: Float[Array, "S V"], params: SampleParams) -> Float[
     random = params.temperature > 0
     with jax.named_scope("temperature"):
         scaled = logits / jnp.where(random, params.temperature, 1.0)[:, None]
+        # Finite logits stay finite and bans -inf at any temperature: inf would make NaN below.
+        scaled = jnp.where(logits > _NEG_INF, jnp.clip(scaled, -_MAX, _MAX), _NEG_INF)
     needs = random & ((params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0))
     with jax.named_scope("filters"):
         return jax.lax.cond(
@@ -108,14 +113,16 @@ def _filter(
 
     def keep_top_k(x):
         threshold = _largest_threshold(
-            lambda t: jnp.sum(keys >= t[:, None], axis=1, dtype=jnp.int32)
-            >= jnp.minimum(top_k, vocab),
+            lambda t: (
+                jnp.sum(keys >= t[:, None], axis=1, dtype=jnp.int32) >= jnp.minimum(top_k, vocab)
+            ),
             x.shape[0],
         )
         return jnp.where(keys >= threshold[:, None], x, _NEG_INF)
 
     x = jax.lax.cond(jnp.any(top_k < vocab), keep_top_k, lambda x: x, x)
-    top_p = jnp.where(random, params.top_p, 1.0)
+    # A value that float32 flushes to 0 would be reached by the empty set.
+    top_p = jnp.where(random, jnp.maximum(params.top_p, _TINY), 1.0)
 
     def keep_top_p(x):
         mass = jax.nn.softmax(x, axis=1)
@@ -134,7 +141,8 @@ def _filter(
 
 def _sortable(x: Float[Array, "S V"]) -> UInt32[Array, "S V"]:
     """Unsigned integers in the order of the floats (IEEE 754: flip all bits of negatives)."""
-    bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.uint32)  # + 0.0: -0 and 0 are one value
+    # -0 and 0 are one value. (XLA drops `x + 0.0`.)
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
@@ -210,9 +218,7 @@ def sample(
 
 def log_probs(
     logits: Float[Array, "R V"], chosen: Int32[Array, " R"], num_top: int
-) -> tuple[
-    Float[Array, " R"], Int32[Array, " R"], Int32[Array, "R K"], Float[Array, "R K"]
-]:
+) -> tuple[Float[Array, " R"], Int32[Array, " R"], Int32[Array, "R K"], Float[Array, "R K"]]:
     """Log-softmax of raw logits at `chosen` and its 1-based rank; ids and log-probs of the best K."""
     normalizer = jax.nn.logsumexp(logits, axis=1)
     picked = jnp.take_along_axis(logits, jnp.maximum(chosen, 0)[:, None], axis=1, mode="clip")

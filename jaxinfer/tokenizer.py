@@ -1,8 +1,8 @@
-"""Text to token ids and back: one facade over a GGUF file's tokenizer and a Hugging Face directory's.
+"""Text to token ids and back: one facade over a GGUF file's and a directory's tokenizer.
 
-Decoding is defined on bytes wherever the vocabulary allows it (byte-level BPE, SentencePiece with byte
-fallback): the tokens' bytes are joined and read as UTF-8, U+FFFD standing for what is not UTF-8. So a
-text is the same however its tokens arrive. Incremental decoding is in detokenizer.py.
+Decoding is defined on bytes wherever the vocabulary allows it (byte-level BPE, SentencePiece with
+byte fallback): the tokens' bytes are joined and read as UTF-8, with U+FFFD for what is not UTF-8.
+So a text is the same however its tokens arrive. Incremental decoding is in detokenizer.py.
 """
 
 import json
@@ -39,7 +39,6 @@ class Tokenizer:
         bos_token_id, eos_token_id, pad_token_id: None where the model has none.
         all_special_ids: ids that `skip_special_tokens` leaves out.
         added_ids: special ids and the tokens that were added beside them.
-        chat_template: the model's own template (Jinja), None where it has none.
         bytewise: whether every token is a sequence of bytes (see `token_bytes`).
         strips_space: whether a decoded text loses one leading space.
     """
@@ -51,7 +50,7 @@ class Tokenizer:
         bos_token_id: int | None = None,
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
-        chat_template: str | None = None,
+        chat_templates: Mapping[str, str] | None = None,
         dropped_id: int | None = None,
         path: object = None,
     ):
@@ -60,7 +59,6 @@ class Tokenizer:
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
-        self.chat_template = chat_template
         self.path = path
         with rust_errors("reading the vocabulary", path):
             vocab = backend.get_vocab(with_added_tokens=True)
@@ -78,8 +76,22 @@ class Tokenizer:
         self._byte_level = kind == "byte-level"
         self._bytes: dict[int, bytes] = {}
         self._longest = _longest_token(backend, vocab, kind)
-        # Made here, so that a broken template is found when the model is loaded.
-        self._chat = ChatTemplate(chat_template, self._special_texts(), path) if chat_template else None
+        # Compiled here, so that a broken template is found when the model is loaded.
+        self._chats = {
+            name: ChatTemplate(source, self._special_texts(), path)
+            for name, source in (chat_templates or {}).items()
+        }
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template that `apply_chat_template` uses (Jinja); None where the model has none."""
+        return self._chats["default"].source if "default" in self._chats else None
+
+    @chat_template.setter
+    def chat_template(self, source: str | None) -> None:
+        self._chats = {}
+        if source is not None:
+            self._chats["default"] = ChatTemplate(source, self._special_texts(), request=True)
 
     def _special_texts(self) -> dict[str, str]:
         names = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id}
@@ -90,7 +102,7 @@ class Tokenizer:
         """The token ids of `text`. Special tokens spelled out in it become their ids.
 
         Raises:
-            InvalidRequestError: `text` is not a string, or has a lone surrogate (not valid Unicode).
+            InvalidRequestError: `text` is not a string, or has a lone surrogate.
         """
         if not isinstance(text, str):
             raise InvalidRequestError(
@@ -148,7 +160,7 @@ class Tokenizer:
         return text[1:] if self.strips_space and text.startswith(" ") else text
 
     def decode_whole(self, ids: Sequence[int], spaces_between_special_tokens: bool = True) -> str:
-        """The library's own decoding of `ids`, nothing skipped; ids past the vocabulary are empty."""
+        """The library's own decoding of `ids`, special tokens included."""
         added = self.added_ids
         runs: list[tuple[bool, list[int]]] = []
         for i, token in enumerate(ids):
@@ -207,13 +219,17 @@ class Tokenizer:
     ) -> str:
         """The text of a conversation, to be encoded with `add_special_tokens=False`.
 
-        Args: see ChatTemplate.render. `chat_template` replaces the model's own.
+        Args: see ChatTemplate.render. `chat_template` replaces the model's own: Jinja text, or the
+            name of one of its named templates. With `tools`, one named "tool_use" is preferred.
 
         Raises:
             InvalidRequestError: there is no template, or the messages do not suit it.
         """
-        chat = self._chat
-        if chat_template is not None:
+        name = "default" if chat_template is None else chat_template
+        if chat_template is None and tools and "tool_use" in self._chats:
+            name = "tool_use"
+        chat = self._chats.get(name)
+        if chat is None and chat_template is not None:
             chat = ChatTemplate(chat_template, self._special_texts(), request=True)
         if chat is None:
             raise InvalidRequestError(
@@ -238,31 +254,31 @@ def from_gguf(metadata: Mapping[str, Any], path: object = None) -> Tokenizer:
         bos_token_id=built.bos_token_id,
         eos_token_id=built.eos_token_id,
         pad_token_id=built.pad_token_id,
-        chat_template=built.chat_template,
+        chat_templates={"default": built.chat_template} if built.chat_template else None,
         dropped_id=built.dropped_id,
         path=path,
     )
 
 
 def from_directory(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a directory with `tokenizer.json`, as transformers reads it; nothing is fetched.
+    """The tokenizer of a directory with `tokenizer.json`, as transformers reads it.
 
     Raises:
         TokenizerError: a file is missing, malformed, or means something else than it says.
     """
-    loaded, template = tokenizer_files.load(Path(directory))
+    files = tokenizer_files.load(Path(directory))
     return Tokenizer(
-        loaded.backend_tokenizer,
-        bos_token_id=loaded.bos_token_id,
-        eos_token_id=loaded.eos_token_id,
-        pad_token_id=loaded.pad_token_id,
-        chat_template=template,
+        files.backend,
+        bos_token_id=files.bos_token_id,
+        eos_token_id=files.eos_token_id,
+        pad_token_id=files.pad_token_id,
+        chat_templates=files.templates,
         path=directory,
     )
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises TokenizerError where the tokenizer has ids that the embedding (`vocab_size` rows) lacks."""
+    """Raises TokenizerError where the tokenizer has ids past the embedding (`vocab_size` rows)."""
     if tokenizer.vocab_size > vocab_size:
         raise TokenizerError(
             f"{tokenizer.path}: the tokenizer has token ids up to {tokenizer.vocab_size - 1}, the "
@@ -306,7 +322,9 @@ def _longest_token(
         for step in steps:
             if step["type"] == "NFC":
                 factor = 4  # NFC joins at most 4 characters to one
-            elif step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"]:
+            elif (
+                step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"]
+            ):
                 continue
             elif step["type"] != "Prepend":
                 return None

@@ -5,9 +5,9 @@
     pages = ops.kv_write(pages, k, v, ragged.slots)
     out = ops.paged_attention(q, pages, ragged, scale=head_dim**-0.5, window=None, soft_cap=None)
 
-This package needs jax and numpy only and knows nothing of the engine that calls it. Letters in shapes:
-T tokens (flat), S sequences (rows), N query heads, K KV heads, G = N // K, H head dim, P pages, MP
-pages per row, C pairs of pages to copy.
+This package needs jax and numpy only and knows nothing of the engine that calls it. Letters in
+shapes: T tokens (flat), S sequences (rows), N query heads, K KV heads, G = N // K, H head dim, P
+pages, MP pages per row, C pairs of pages to copy.
 """
 
 from pallas_kernels.dispatch import IMPLEMENTATIONS, Ops, resolve

@@ -27,12 +27,13 @@ def check_positive(argument: str, value: object) -> None:
         raise ValueError(f"{argument} is {value!r}; it must be an int >= 1")
 
 
-def check_array(argument: str, value: jax.Array, shape: tuple[int | None, ...], letters: str) -> None:
+def check_array(
+    argument: str, value: jax.Array, shape: tuple[int | None, ...], letters: str
+) -> None:
     """ValueError unless `value` has `shape`, where None stands for any length >= 1."""
     given = tuple(value.shape)
     fits = len(given) == len(shape) and all(
-        have >= 1 if want is None else have == want
-        for have, want in zip(given, shape, strict=True)
+        have >= 1 if want is None else have == want for have, want in zip(given, shape, strict=True)
     )
     if not fits:
         want = ", ".join("any" if n is None else str(n) for n in shape)

@@ -253,8 +253,7 @@ class PrefixCache:
                 num_unpinned += 1
                 if not node.is_used:
                     self._note_idle(node)
-            has_endless_child = any(c.ttl == math.inf for c in node.children.values())
-            if node.ttl == math.inf and not has_endless_child:
+            if node.ttl == math.inf and all(c.ttl is None for c in node.children.values()):
                 node.ttl = None
         return num_unpinned * self.page_size
 

@@ -109,6 +109,9 @@ class Roster:
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
+        if sequence.index == 0 and request in self.held:
+            for sibling in self.unhold(request):
+                self.waiting.push(sibling)
         if not entry.num_outstanding:
             self.release(entry)
         if request.is_finished:

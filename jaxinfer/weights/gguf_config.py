@@ -40,8 +40,8 @@ def config_from_gguf(
     rope_freqs.weight, the divisors of the rotary frequencies, where it has one.
     Raises ConfigError for a missing, mistyped, contradictory or unsupported key.
     """
-    key = metadata.get("general.architecture")
-    table = gguf_names.architecture(key, path)  # refuses all but known strings
+    table = gguf_names.architecture(metadata.get("general.architecture"), path)
+    key = str(metadata["general.architecture"])
     start = f"{key}."
     own = {name.removeprefix(start): v for name, v in metadata.items() if name.startswith(start)}
     fields = Fields(own, path, start)

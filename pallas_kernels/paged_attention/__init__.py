@@ -2,17 +2,17 @@
 
     allocate(num_pages, page_size, num_kv_heads, head_dim, dtype) -> pages      one layer, zeros
     page_bytes(page_size, num_kv_heads, head_dim, dtype) -> int                 one page, one layer
-    copy_pages(pages, src [C], dst [C]) -> pages                                padding pairs: (0, 0)
+    copy_pages(pages, src [C], dst [C]) -> pages                               padding pairs: (0, 0)
     paged_attention(q [T, N, H], pages, ragged, *, scale, window, soft_cap) -> [T, N, H]
 
 `pages` is a pytree that only the implementation which allocated it can read. The contract:
 
 - A query at position p of its row sees the positions j <= p and, with a window w, only j > p - w.
 - score = scale * q . k; with a soft cap c, c * tanh(score / c); then the mask; softmax in float32.
-- Query head n reads KV head n // G. The output has q's dtype. Tokens that belong to no row give zeros.
-- What is not visible is selected away: NaN in page 0, in unused pages, behind the end of a row and in
-  the queries of padding tokens changes no bit of any other output.
-- Page ids outside the pool are clipped into it, never read outside; slots outside it are not written.
+- Query head n reads KV head n // G. The output has q's dtype. Tokens of no row give zeros.
+- What is not visible is selected away: NaN in page 0, in unused pages, behind the end of a row and
+  in the queries of padding tokens changes no bit of any other output.
+- Page ids outside the pool are clipped into it, never read outside; slots outside are not written.
 - `copy_pages` reads every source before it writes: a page may be both source and destination.
 - Cost follows the real lengths: nothing is computed for pages behind the longest row of a batch.
 """
@@ -41,7 +41,8 @@ class Ragged:
         last positions of [0, kv_lens[i]); a row may have none.
     num_decode []: rows [0, num_decode) have exactly one new token, so flat token i is row i's.
     slots [T]: page * page_size + offset at which each new token's K and V go; padding: in page 0.
-    decode_only (static): no row has more than one new token, T == S, num_decode counts the real rows.
+    decode_only (static): no row has more than one new token, T == S, num_decode is the number of
+        real rows.
     """
 
     page_table: jax.Array
@@ -78,7 +79,7 @@ def validate(
     window: int | None,
     soft_cap: float | None,
 ) -> None:
-    """ValueError, naming argument, value and what is allowed, unless the arguments fit each other."""
+    """ValueError, naming argument, value and what is allowed, unless they fit each other."""
     dtype_name(q.dtype, "q.dtype")
     check_array("q", q, (None, None, head_dim), "[T, N, H] with the pages' H")
     if q.shape[1] % num_kv_heads:

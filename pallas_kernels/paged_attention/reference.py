@@ -1,7 +1,7 @@
-"""The slowest obvious paged attention: one token at a time over the row's whole page table, float32.
+"""The slowest obvious paged attention: one token at a time over its row's page table, float32.
 
-Owns the layout `[P, page_size, 2 * K, H]`, K at even and V at odd indices of the third axis. A bfloat16
-pool is copied by every write on CPU under jax 0.10 (its scatter is not in place there).
+Owns the layout `[P, page_size, 2 * K, H]`, K at even and V at odd indices of the third axis. A
+bfloat16 pool is copied by every write on CPU under jax 0.10 (its scatter is not in place there).
 """
 
 import jax

@@ -1,7 +1,7 @@
 """Paged attention in plain XLA: the fast path on CPU, and right on GPU and TPU too.
 
-Owns its layout: K transposed, `k [P, K, H, page_size]`, and `v [P, K, page_size, H]`. XLA:CPU does not
-vectorise a float sum over the minor axis, and so both products reduce over another one: q.k over H
+Owns its layout: K transposed, `k [P, K, H, page_size]`, and `v [P, K, page_size, H]`. XLA:CPU does
+not vectorise a float sum over the minor axis, so both products reduce over another one: q.k over H
 with the positions minor, weights.v over positions with H minor.
 
 Online softmax (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135) over
@@ -19,8 +19,8 @@ from jax import lax
 from pallas_kernels.common import MASKED, dtype_name
 from pallas_kernels.paged_attention import Ragged, validate, validate_copy, validate_layout
 
-# Positions per step of the decode loop and of the tile loop; query tokens per tile. A row's last few
-# tokens, and the few of a row that verifies a draft, take the small tile.
+# Positions per step of the decode loop and of the tile loop; query tokens per tile. The last
+# few tokens of a row, and the few of a row that verifies a draft, take the small tile.
 DECODE_BLOCK = 128
 TILE_BLOCK = 128
 TILE = 64
@@ -255,13 +255,13 @@ def _tile(
         visible = owned & (pos <= q_pos_all[:, None]) & is_real[:, None]
         if options.window is not None:
             visible &= pos > q_pos_all[:, None] - options.window
-        scores = _cap(_einsum("kqh,khc->kqc", q, k), options).reshape(num_kv_heads, group, size, width)
+        scores = _cap(_einsum("kqh,khc->kqc", q, k), options).reshape(
+            num_kv_heads, group, size, width
+        )
         scores = jnp.where(visible, scores, MASKED)
         new = jnp.maximum(largest, jnp.max(scores, axis=-1))
         weights = jnp.where(visible, jnp.exp(scores - new[..., None]), 0.0)
-        product = _einsum(
-            "kqc,kch->kqh", weights.reshape(num_kv_heads, group * size, width), v
-        )
+        product = _einsum("kqc,kch->kqh", weights.reshape(num_kv_heads, group * size, width), v)
         shrink = jnp.exp(largest - new)
         total = total * shrink + jnp.sum(weights, axis=-1)
         return new, total, acc * shrink[..., None] + product.reshape(acc.shape)
@@ -301,6 +301,4 @@ def _pad_table(page_table: jax.Array, block: int) -> jax.Array:
     return jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % block)))
 
 
-_einsum = partial(
-    jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-)
+_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

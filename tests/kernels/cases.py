@@ -6,6 +6,7 @@ serves every page layout. `oracle` is float64 NumPy on the inputs as they were r
 
 import itertools
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -43,15 +44,6 @@ class Case:
     shared_pages: int = 0  # the first pages of every row are those of row 0
     padding_rows: int = 2
     padding_tokens: int = 3
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The static arguments of paged_attention."""
-        return {
-            "scale": self.head_dim**-0.5,
-            "window": self.window,
-            "soft_cap": self.soft_cap,
-        }
 
 
 @dataclass
@@ -98,10 +90,7 @@ def pairwise() -> list[dict[str, Any]]:
     """Few combinations of AXES in which every pair of values of two axes stands somewhere."""
     names = list(AXES)
     missing = {
-        (a, x, b, y)
-        for a, b in itertools.combinations(names, 2)
-        for x in AXES[a]
-        for y in AXES[b]
+        (a, x, b, y) for a, b in itertools.combinations(names, 2) for x in AXES[a] for y in AXES[b]
     }
     rng = np.random.default_rng(0)
 
@@ -112,7 +101,7 @@ def pairwise() -> list[dict[str, Any]]:
     while missing:
         seed = min(missing, key=repr)
         candidates = []
-        for _ in range(40):
+        for _ in range(200):
             choice = {name: AXES[name][rng.integers(len(AXES[name]))] for name in names}
             choice[seed[0]], choice[seed[2]] = seed[1], seed[3]
             candidates.append(choice)
@@ -198,9 +187,7 @@ def build(case: Case, seed: int = 0) -> Built:
 def pages_of(ops: Ops, built: Built, fill: str | float) -> Any:
     """The pool of `built`; every slot that holds no token is `fill` ("garbage": N(0, 1))."""
     case = built.case
-    pages = ops.allocate(
-        built.num_pages, case.page_size, case.heads[1], case.head_dim, case.dtype
-    )
+    pages = ops.allocate(built.num_pages, case.page_size, case.heads[1], case.head_dim, case.dtype)
     shape = (built.num_pages * case.page_size, case.heads[1], case.head_dim)
     if fill == "garbage":
         rng = np.random.default_rng(99)
@@ -209,21 +196,39 @@ def pages_of(ops: Ops, built: Built, fill: str | float) -> Any:
         k_all, v_all = (np.full(shape, fill, built.q.dtype) for _ in range(2))
     k_all[built.written], v_all[built.written] = np.concatenate(built.k), np.concatenate(built.v)
     slots = jnp.arange(shape[0], dtype=jnp.int32)
-    return jax.jit(ops.kv_write)(pages, jnp.asarray(k_all), jnp.asarray(v_all), slots)
+    return write(ops, pages, jnp.asarray(k_all), jnp.asarray(v_all), slots)
 
 
-def attend(ops: Ops, built: Built, fill: str | float = np.nan, **options: Any) -> np.ndarray:
+# Compiled once for each shape and implementation, whatever the test.
+@partial(jax.jit, static_argnums=0)
+def write(ops: Ops, pages: Any, k: jax.Array, v: jax.Array, slots: jax.Array) -> Any:
+    """ops.kv_write under jit."""
+    return ops.kv_write(pages, k, v, slots)
+
+
+@partial(jax.jit, static_argnums=(0, 4, 5, 6))
+def run(
+    ops: Ops,
+    q: jax.Array,
+    pages: Any,
+    ragged: Ragged,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> jax.Array:
+    """ops.paged_attention under jit."""
+    return ops.paged_attention(q, pages, ragged, scale=scale, window=window, soft_cap=soft_cap)
+
+
+def attend(ops: Ops, built: Built, fill: str | float = np.nan) -> np.ndarray:
     """paged_attention of `built` under jit; queries that belong to no row are `fill` too."""
     q = built.q.copy()
     is_padding = np.ones(len(q), bool)
     is_padding[np.concatenate(built.tokens)] = False
     q[is_padding] = 0.5 if fill == "garbage" else fill
-    arguments = {**built.case.options, **options}
-
-    def run(q: jax.Array, pages: Any, ragged: Ragged) -> jax.Array:
-        return ops.paged_attention(q, pages, ragged, **arguments)
-
-    out = jax.jit(run)(jnp.asarray(q), pages_of(ops, built, fill), built.device_ragged())
+    case, pages, ragged = built.case, pages_of(ops, built, fill), built.device_ragged()
+    options = (case.head_dim**-0.5, case.window, case.soft_cap)
+    out = run(ops, jnp.asarray(q), pages, ragged, *options)
     assert out.dtype == q.dtype and out.shape == q.shape
     return np.asarray(out)
 
@@ -247,17 +252,17 @@ def oracle(built: Built) -> np.ndarray:
     return out
 
 
-def max_error(out: np.ndarray, expected: np.ndarray) -> float:
-    """The largest absolute error; infinite where `out` is not finite."""
-    error = np.abs(out.astype(np.float64) - expected)
-    return float(np.where(np.isfinite(error), error, np.inf).max())
+def error_of(out: np.ndarray, expected: np.ndarray) -> float:
+    """The largest error as a multiple of what is allowed; infinite where `out` is not finite.
 
-
-def tolerance(dtype: str, expected: np.ndarray) -> float:
-    """float32: 2e-5; else 4 eps of the output's dtype at the largest output, + 2e-3."""
-    if dtype == "float32":
-        return 2e-5
-    return 4 * EPS[dtype] * float(np.abs(expected).max()) + 2e-3
+    Allowed is 2e-5 in float32, else eps |o| + 2e-3 (rounding the output costs eps |o| / 2).
+    That is within the rule for every kernel, 4 eps max|o| + 2e-3, which in bfloat16 misses a key of
+    150.
+    """
+    eps = EPS[out.dtype.name]
+    allowed = 2e-5 if out.dtype == np.float32 else eps * np.abs(expected) + 2e-3
+    ratio = np.abs(out.astype(np.float64) - expected) / allowed
+    return float(np.where(np.isfinite(ratio), ratio, np.inf).max())
 
 
 def changed(built: Built, **arrays: np.ndarray) -> Built:

@@ -1,9 +1,8 @@
-"""paged_attention: every implementation against the oracle, poisoned padding, needles, mutations."""
+"""paged_attention of every implementation: oracle, poisoned padding, needles, mutations."""
 
 import itertools
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,12 +17,11 @@ from tests.kernels.cases import (
     build,
     case_of,
     changed,
-    max_error,
+    error_of,
     oracle,
-    pages_of,
     pairwise,
+    run,
     scenario,
-    tolerance,
 )
 
 CHOICES = pairwise()
@@ -37,10 +35,7 @@ def ops(request: pytest.FixtureRequest) -> Ops:
 
 def test_the_choices_cover_every_pair():
     pairs = {
-        (a, x, b, y)
-        for a, b in itertools.combinations(AXES, 2)
-        for x in AXES[a]
-        for y in AXES[b]
+        (a, x, b, y) for a, b in itertools.combinations(AXES, 2) for x in AXES[a] for y in AXES[b]
     }
     covered = {
         (a, choice[a], b, choice[b])
@@ -57,7 +52,7 @@ def test_equals_the_oracle_with_nan_in_everything_unused(ops: Ops, choice: dict)
     built = build(case_of(choice))
     expected = oracle(built)
     out = attend(ops, built, fill=np.nan)
-    assert max_error(out, expected) <= tolerance(built.case.dtype, expected)
+    assert error_of(out, expected) <= 1
     padding = np.setdiff1d(np.arange(len(out)), np.concatenate(built.tokens))
     assert not out[padding].any()
 
@@ -65,12 +60,10 @@ def test_equals_the_oracle_with_nan_in_everything_unused(ops: Ops, choice: dict)
 @pytest.mark.parametrize("page_size", [32, 128])
 def test_other_page_sizes(ops: Ops, page_size: int):
     built = build(Case(**scenario("mixed", page_size), page_size=page_size, window=70))
-    expected = oracle(built)
-    assert max_error(attend(ops, built), expected) <= tolerance("float32", expected)
+    assert error_of(attend(ops, built), oracle(built)) <= 1
 
 
-@pytest.mark.parametrize("name", ["decode", "mixed"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "dtype"), [("decode", "float32"), ("mixed", "bfloat16")])
 def test_what_is_unused_changes_no_bit(ops: Ops, name: str, dtype: str):
     built = build(Case(**scenario(name, 8), dtype=dtype, window=None if dtype == "float32" else 50))
     clean = attend(ops, built, fill=0.0)
@@ -101,14 +94,14 @@ def test_decode_rows_in_fewer_tokens_than_rows(ops: Ops, decode_only: bool):
     """A batch of many padding rows and few tokens, and the same rows as a decode batch."""
     case = Case(rows=((1, 20), (1, 140)), num_decode=2, padding_rows=6, decode_only=decode_only)
     built = build(replace(case, padding_tokens=1))
-    assert max_error(attend(ops, built), oracle(built)) <= 2e-5
+    assert error_of(attend(ops, built), oracle(built)) <= 1
 
 
 def test_decode_rows_may_also_come_as_tiles(ops: Ops):
     """num_decode says how rows are computed, not what they give."""
     built = build(MIXED)
     as_tiles = attend(ops, changed(built, num_decode=np.asarray(0)))
-    assert max_error(as_tiles, oracle(built)) <= 2e-5
+    assert error_of(as_tiles, oracle(built)) <= 1
 
 
 @pytest.mark.parametrize("new", [1, 5])
@@ -129,12 +122,15 @@ def test_needles_at_every_page_boundary(ops: Ops, new: int):
     lasts = [tokens[-1] for tokens in built.tokens]
     for i, (last, p) in enumerate(zip(lasts, positions, strict=True)):
         built.q[last] = np.repeat(built.q[last, ::group], group, axis=0)
-        built.k[i][p] = 40.0 * built.q[last, ::group] / np.sum(
-            built.q[last, ::group] ** 2, axis=-1, keepdims=True
-        ) * np.sqrt(case.head_dim)
+        built.k[i][p] = (
+            40.0
+            * built.q[last, ::group]
+            / np.sum(built.q[last, ::group] ** 2, axis=-1, keepdims=True)
+            * np.sqrt(case.head_dim)
+        )
         expected[i] = np.repeat(built.v[i][p], group, axis=0)
     out = attend(ops, built)[lasts]
-    assert max_error(out, expected) <= 1e-4
+    assert error_of(out, expected) <= 5
 
 
 def _drop_page(built: Built) -> Built:
@@ -186,18 +182,16 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_comparison_notices(ops: Ops, name: str, dtype: str):
-    """What this suite must catch, it catches on the decode rows and on the tiled rows alike."""
+def test_the_comparison_notices(ops: Ops, name: str):
+    """What this suite must catch, it catches in its loosest dtype, decoded and tiled rows alike."""
     window = 30 if "window" in name else None
-    built = build(replace(MIXED, dtype=dtype, window=window))
+    built = build(replace(MIXED, dtype="bfloat16", window=window))
     expected = oracle(built)
-    limit = tolerance(dtype, expected)
-    assert max_error(attend(ops, built, fill="garbage"), expected) <= limit
+    assert error_of(attend(ops, built, fill="garbage"), expected) <= 1
     mutant = attend(ops, MUTATIONS[name](built), fill="garbage")
     decoded, tiled = slice(0, 3), slice(3, int(built.ragged["cu_q_lens"][-1]))
-    assert max_error(mutant[decoded], expected[decoded]) > 2 * limit
-    assert max_error(mutant[tiled], expected[tiled]) > 2 * limit
+    assert error_of(mutant[decoded], expected[decoded]) > 2
+    assert error_of(mutant[tiled], expected[tiled]) > 2
 
 
 def test_nan_of_one_row_stays_in_that_row(ops: Ops):
@@ -206,7 +200,7 @@ def test_nan_of_one_row_stays_in_that_row(ops: Ops):
     out = attend(ops, built)
     expected = oracle(build(MIXED))
     healthy = np.concatenate([built.tokens[i] for i in (0, 2, 3, 5)])
-    assert max_error(out[healthy], expected[healthy]) <= 2e-5
+    assert error_of(out[healthy], expected[healthy]) <= 1
     assert np.isnan(out[built.tokens[1]]).all() and np.isnan(out[built.tokens[4]]).all()
 
 
@@ -215,13 +209,9 @@ def test_no_array_grows_with_tokens_times_length():
     ops = pallas_kernels.resolve("xla")
     case = Case(rows=((512, 8192),), page_size=16, heads=(4, 2), padding_rows=0)
     built = build(case)
-    pages = pages_of(ops, built, 0.0)
-
-    def run(q, pages, ragged):
-        return ops.paged_attention(q, pages, ragged, **case.options)
-
-    arguments = (jnp.asarray(built.q), pages, built.device_ragged())
-    memory = jax.jit(run).lower(*arguments).compile().memory_analysis()
+    pages = ops.allocate(built.num_pages, 16, 2, case.head_dim, "float32")
+    lowered = run.lower(ops, jnp.asarray(built.q), pages, built.device_ragged(), 0.25, None, None)
+    memory = lowered.compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2_000_000 < 4 * 512 * 8192 * 4
 
 

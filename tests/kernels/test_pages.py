@@ -1,4 +1,4 @@
-"""Pools: allocate, page_bytes, kv_write and copy_pages of every implementation; in place if donated."""
+"""Pools: allocate, page_bytes, kv_write and copy_pages of every implementation; in place."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import Ops, Ragged
+from tests.kernels.cases import run, write
 
 P, SIZE, K, H = 6, 8, 2, 16
 
@@ -17,7 +18,7 @@ def ops(request: pytest.FixtureRequest) -> Ops:
 
 
 def read(ops: Ops, pages: object) -> np.ndarray:
-    """V of every slot, `[slots, K, H]`, through paged_attention: with a window of 1 it is the output."""
+    """V of every slot, `[slots, K, H]`: with a window of 1 it is what paged_attention gives."""
     slots = np.arange(P * SIZE)
     ragged = Ragged(
         page_table=jnp.asarray(slots[:, None] // SIZE, jnp.int32),
@@ -28,7 +29,7 @@ def read(ops: Ops, pages: object) -> np.ndarray:
         decode_only=True,
     )
     q = jnp.ones((len(slots), K, H))
-    return np.asarray(ops.paged_attention(q, pages, ragged, scale=1.0, window=1, soft_cap=None))
+    return np.asarray(run(ops, q, pages, ragged, 1.0, 1, None))
 
 
 def draw(num_tokens: int, dtype: str = "float32") -> tuple[jax.Array, jax.Array]:
@@ -40,7 +41,7 @@ def draw(num_tokens: int, dtype: str = "float32") -> tuple[jax.Array, jax.Array]
 def test_each_token_lands_in_its_slot_and_nowhere_else(ops: Ops, dtype: str):
     slots = np.random.default_rng(0).permutation(P * SIZE)[:20]
     k, v = draw(20, dtype)
-    pages = ops.kv_write(ops.allocate(P, SIZE, K, H, dtype), k, v, jnp.asarray(slots, jnp.int32))
+    pages = write(ops, ops.allocate(P, SIZE, K, H, dtype), k, v, jnp.asarray(slots, jnp.int32))
     expected = np.zeros((P * SIZE, K, H), np.float32)
     expected[slots] = np.asarray(v.astype(jnp.float32))
     assert np.array_equal(read(ops, pages), expected)
@@ -49,7 +50,7 @@ def test_each_token_lands_in_its_slot_and_nowhere_else(ops: Ops, dtype: str):
 def test_slots_outside_the_pool_are_not_written(ops: Ops):
     k, v = draw(5)
     slots = jnp.asarray([-1, P * SIZE, 2**31 - 1, -(2**31), 9], jnp.int32)
-    out = read(ops, ops.kv_write(ops.allocate(P, SIZE, K, H, "float32"), k, v, slots))
+    out = read(ops, write(ops, ops.allocate(P, SIZE, K, H, "float32"), k, v, slots))
     assert np.array_equal(out[9], np.asarray(v[4]))
     assert np.count_nonzero(out.any(axis=(1, 2))) == 1
 
@@ -57,7 +58,7 @@ def test_slots_outside_the_pool_are_not_written(ops: Ops):
 def test_values_are_rounded_to_the_dtype_of_the_pages(ops: Ops):
     k, v = draw(3)
     slots = jnp.asarray([8, 9, 10], jnp.int32)
-    out = read(ops, ops.kv_write(ops.allocate(P, SIZE, K, H, "bfloat16"), k, v, slots))
+    out = read(ops, write(ops, ops.allocate(P, SIZE, K, H, "bfloat16"), k, v, slots))
     assert np.array_equal(out[8:11], np.asarray(v.astype(jnp.bfloat16).astype(jnp.float32)))
 
 
@@ -65,7 +66,7 @@ def test_copy_pages_reads_before_it_writes(ops: Ops):
     """A chain 1 -> 2 -> 3, one source for two pages, and padding pairs (0, 0)."""
     k, v = draw(P * SIZE)
     slots = jnp.arange(P * SIZE, dtype=jnp.int32)
-    pages = ops.kv_write(ops.allocate(P, SIZE, K, H, "float32"), k, v, slots)
+    pages = write(ops, ops.allocate(P, SIZE, K, H, "float32"), k, v, slots)
     src = jnp.asarray([1, 2, 1, 0, 0], jnp.int32)
     dst = jnp.asarray([2, 3, 5, 0, 0], jnp.int32)
     out = read(ops, ops.copy_pages(pages, src, dst)).reshape(P, SIZE, K, H)
@@ -76,7 +77,7 @@ def test_copy_pages_reads_before_it_writes(ops: Ops):
 def test_copy_pages_copies_keys_too(ops: Ops):
     k, v = draw(2 * SIZE)
     pages = ops.allocate(P, SIZE, K, H, "float32")
-    pages = ops.kv_write(pages, k, v, jnp.arange(SIZE, 3 * SIZE, dtype=jnp.int32))
+    pages = write(ops, pages, k, v, jnp.arange(SIZE, 3 * SIZE, dtype=jnp.int32))
     pages = ops.copy_pages(pages, jnp.asarray([1, 2], jnp.int32), jnp.asarray([4, 3], jnp.int32))
     q = jnp.broadcast_to(jax.random.normal(jax.random.key(5), (1, K, H)), (2, K, H))
     ragged = Ragged(
@@ -87,7 +88,7 @@ def test_copy_pages_copies_keys_too(ops: Ops):
         slots=jnp.zeros(2, jnp.int32),
         decode_only=True,
     )
-    out = np.asarray(ops.paged_attention(q, pages, ragged, scale=1.0, window=None, soft_cap=None))
+    out = np.asarray(run(ops, q, pages, ragged, 1.0, None, None))
     assert np.array_equal(out[0], out[1])
     assert not np.array_equal(out[0], np.asarray(v[:13]).mean(axis=0))
 
@@ -112,8 +113,9 @@ def _ragged(decode_only: bool) -> Ragged:
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("decode_only", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "decode_only"), [("float32", True), ("bfloat16", False), ("float16", True)]
+)
 def test_a_donated_step_writes_in_place(ops: Ops, dtype: str, decode_only: bool):
     """copy, write and attend in one program: the pool is aliased, no temporary is near its size."""
     if ops.name == "reference" and dtype == "bfloat16":

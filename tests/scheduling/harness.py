@@ -45,6 +45,9 @@ class Harness:
     def plan(self) -> StepPlan | None:
         plan = self.scheduler.plan()
         if plan is not None:
+            for row in plan.rows:
+                assert row.num_generated < row.sequence.request.max_tokens or not row.samples
+                assert row.kv_len < self.config.max_model_len, "a row for nothing"
             self.pending.append((plan, self.device.run(plan)))
         self.check()
         return plan
@@ -82,6 +85,7 @@ class Harness:
         """What must hold after every call."""
         self.scheduler.check_invariants()
         self._check_cached_content()
+        self._check_pages_in_flight()
         for request in self.scheduler.take_failed():
             assert request.error is not None and request.is_finished
         for request in self.requests:
@@ -101,6 +105,17 @@ class Harness:
                 for page in sequence.pages:
                     salt = salts.setdefault(page, request.cache_salt)
                     assert salt == request.cache_salt, "a page is shared across salts"
+
+    def _check_pages_in_flight(self) -> None:
+        """No page of a plan that is not committed is free; the device may not have used it yet.
+
+        A page that was copied is left out: the copy comes before all that is planned later.
+        """
+        copied = {source for plan, _ in self.pending for source, _ in plan.copies}
+        for plan, _ in self.pending:
+            for row in plan.rows:
+                for page in row.pages:
+                    assert page in copied or self.pool.refcount(page), f"page {page} went too early"
 
     def _check_ended(self, request: Request, sequence: Sequence) -> None:
         tokens, reason, stop = self.expected(request, sequence.index)
@@ -145,3 +160,16 @@ class Harness:
         self.scheduler.reset_prefix_cache()
         self.scheduler.check_invariants()
         assert pool.num_free == pool.num_usable
+
+
+def shape(plan: StepPlan) -> list[tuple[str, int, int, int, bool]]:
+    """(request id, sample, start, num_new, samples) of each row."""
+    return [
+        (r.sequence.request.request_id, r.sequence.index, r.start, r.num_new, r.samples)
+        for r in plan.rows
+    ]
+
+
+def ids(plan: StepPlan) -> list[str]:
+    """The request id of each row."""
+    return [row.sequence.request.request_id for row in plan.rows]

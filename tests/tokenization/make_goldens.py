@@ -1,8 +1,8 @@
 """Writes goldens/*.json: what llama.cpp makes of the texts in goldens/texts.json.
 
 Run by hand, with `llama_cpp` and `gguf` installed (the test suite needs neither):
-`python make_goldens.py path/to/SmolLM2-135M-Instruct.gguf`. Small vocabularies kept beside the texts
-are written as vocabulary-only GGUF files, one for each pre-tokenizer family.
+`python make_goldens.py path/to/SmolLM2-135M-Instruct.gguf`. Small vocabularies kept beside the
+texts are written as vocabulary-only GGUF files, one for each pre-tokenizer family.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import gguf
 import llama_cpp
 
 GOLDENS = Path(__file__).parent / "goldens"
-PRE = ("default", "gpt-2", "llama-bpe", "dbrx", "qwen2", "starcoder")
+PRE = ("default", "gpt-2", "llama-bpe", "dbrx", "qwen2")
 MAX_TOKENS = 10_000
 SMALL_TEXTS = slice(0, None, 2)
 

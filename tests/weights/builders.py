@@ -78,7 +78,7 @@ def pair(key: str | bytes, code: int, value: bytes) -> bytes:
     return text(key) + struct.pack("<I", code) + value
 
 
-def u32(key: str, value: int) -> bytes:
+def u32(key: str | bytes, value: int) -> bytes:
     return pair(key, 4, struct.pack("<I", value))
 
 
@@ -122,7 +122,7 @@ def gguf_bytes(
 
 
 def llama_pairs(**changes: bytes | None) -> list[bytes]:
-    """Metadata of a tiny Llama of one layer; `changes` replaces or (None) drops pairs by short name."""
+    """Metadata of a tiny Llama of one layer; `changes` replaces or (None) drops pairs."""
     tokens = [f"t{number}" for number in range(32)]
     pairs: dict[str, bytes | None] = {
         "architecture": string("general.architecture", "llama"),

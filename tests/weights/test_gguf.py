@@ -1,4 +1,4 @@
-"""The GGUF container: agreement with the `gguf` package on valid files, refusal of malformed ones."""
+"""The GGUF container: as the `gguf` package on valid files, refusal of malformed ones."""
 
 import importlib.util
 import os
@@ -52,9 +52,9 @@ def test_every_value_type_reads_back(tmp_path: Path):
         *(
             pair(f"k.{code}", code, struct.pack(f"<{letter}", value))
             for code, letter, value in (
-                (0, "B", 255), (1, "b", -128), (2, "H", 65535), (3, "h", -32768), (4, "I", 2**32 - 1),
-                (5, "i", -(2**31)), (6, "f", 0.5), (7, "B", 1), (10, "Q", 2**64 - 1),
-                (11, "q", -(2**63)), (12, "d", 0.1),
+                (0, "B", 255), (1, "b", -128), (2, "H", 65535), (3, "h", -32768),
+                (4, "I", 2**32 - 1), (5, "i", -(2**31)), (6, "f", 0.5), (7, "B", 1),
+                (10, "Q", 2**64 - 1), (11, "q", -(2**63)), (12, "d", 0.1),
             )
         ),
         strings("k.texts", ["", "é", "a\0b"]),
@@ -74,8 +74,8 @@ def test_every_value_type_reads_back(tmp_path: Path):
     assert read_stored(container.path, stored).tolist() == list(range(8))
 
 
-def _same_as_package(path: Path) -> None:
-    """Metadata, shapes, types, places and values are the package's."""
+def _same_as_package(path: Path) -> GGUFReader:
+    """Metadata, shapes, types and places are those of the package's reader, which is returned."""
     ours, theirs = gguf.parse(path), GGUFReader(path)
     fields = {k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
     assert ours.metadata == fields
@@ -86,15 +86,15 @@ def _same_as_package(path: Path) -> None:
         assert (stored.type, stored.start, stored.num_bytes) == (
             tensor.tensor_type, int(tensor.data_offset), tensor.n_bytes
         )  # fmt: skip
+    return theirs
 
 
 @needs_default
 def test_default_model_reads_as_the_package_reads_it():
     with open_model(None) as source:
-        _same_as_package(source.path)
+        theirs = {t.name: t for t in _same_as_package(source.path).tensors}
         assert source.config.architecture == "LlamaForCausalLM"
         container = gguf.parse(source.path)
-        theirs = {t.name: t for t in GGUFReader(source.path).tensors}
         for name in ("output_norm.weight", "blk.7.attn_v.weight", "blk.29.ffn_down.weight"):
             want = quants.dequantize(theirs[name].data, theirs[name].tensor_type)
             np.testing.assert_array_equal(read_stored(source.path, container.tensors[name]), want)
@@ -225,7 +225,9 @@ def test_malformed_files_are_refused_with_their_byte(tmp_path: Path, case: str):
     assert time.perf_counter() - started < 0.5
     assert caught.value.path == path
     if data:
-        assert caught.value.offset is not None and f"byte {caught.value.offset}" in str(caught.value)
+        assert caught.value.offset is not None and f"byte {caught.value.offset}" in str(
+            caught.value
+        )
     if offset is not None:
         assert caught.value.offset == offset
 

@@ -1,4 +1,4 @@
-"""GGUF names, layouts and metadata against transformers' models and the `gguf` package's name map."""
+"""GGUF names, layouts and metadata against transformers' models and gguf's own name map."""
 
 import struct
 from pathlib import Path
@@ -7,6 +7,8 @@ from typing import Any
 import gguf as gguf_package
 import numpy as np
 import pytest
+import transformers
+from transformers import modeling_rope_utils
 
 from jaxinfer.config import RopeConfig
 from jaxinfer.errors import ConfigError, JaxInferError, ModelFormatError
@@ -20,17 +22,18 @@ SMALL = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 GPT2 = {
-    "vocab_size": 48, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "bos_token_id": 1,
-    "eos_token_id": 2,
+    "vocab_size": 48, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128,
+    "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+GEMMA = SMALL | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32}
 CASES = {
     "llama": ("LlamaConfig", SMALL | {"tie_word_embeddings": False}),
     "llama with biases": ("LlamaConfig", SMALL | {"attention_bias": True, "mlp_bias": True}),
     "llama tied": ("LlamaConfig", SMALL | {"tie_word_embeddings": True, "head_dim": 16}),
     "qwen2": ("Qwen2Config", SMALL),
     "qwen3": ("Qwen3Config", SMALL | {"head_dim": 16}),
-    "gemma2": ("Gemma2Config", SMALL | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32}),
-    "gemma3": ("Gemma3TextConfig", SMALL | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32}),
+    "gemma2": ("Gemma2Config", GEMMA),
+    "gemma3": ("Gemma3TextConfig", GEMMA),
     "gpt2": ("GPT2Config", GPT2),
 }  # fmt: skip
 
@@ -89,8 +92,6 @@ def _metadata(writer: gguf_package.GGUFWriter, key: str, hf: Any) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_converted_model_reads_back_as_transformers_has_it(tmp_path: Path, case: str):
     torch = pytest.importorskip("torch")
-    import transformers
-
     torch.manual_seed(0)
     class_name, settings = CASES[case]
     key = case.split()[0]
@@ -232,9 +233,7 @@ def test_a_tensor_type_that_cannot_be_expanded_is_named(tmp_path: Path):
 def test_eos_ids_of_all_keys_are_joined(tmp_path: Path):
     path = tmp_path / "x.gguf"
     path.write_bytes(
-        llama_gguf(
-            x=u32("tokenizer.ggml.eot_token_id", 7), y=u32("tokenizer.ggml.eom_token_id", 2)
-        )
+        llama_gguf(x=u32("tokenizer.ggml.eot_token_id", 7), y=u32("tokenizer.ggml.eom_token_id", 2))
     )
     assert open_model(path).config.eos_token_ids == (2, 7)
 
@@ -267,20 +266,17 @@ def test_llama3_factors_are_recognised(factor: float):
 
 def test_llama3_factors_are_those_of_transformers():
     torch = pytest.importorskip("torch")
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     parameters = {
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
     }  # fmt: skip
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         hidden_size=512,
         num_attention_heads=4,
         max_position_embeddings=131072,
         rope_parameters=parameters,
     )
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    scaled, _ = modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 500000.0 ** -(np.arange(0, 128, 2) / 128)
     want = plain / scaled.numpy()
     rope = RopeConfig(500000.0, "llama3", 8.0, 1.0, 4.0, 8192)

@@ -1,11 +1,13 @@
-"""config.json: what transformers' configurations mean, and a ConfigError for every impossible one."""
+"""config.json: what transformers' configurations mean, and an error for every impossible one."""
 
 import json
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from jaxinfer.config import ModelConfig, RopeConfig
 from jaxinfer.errors import ConfigError
@@ -59,8 +61,6 @@ CLASSES = {
 @pytest.mark.parametrize("architecture", CLASSES)
 def test_defaults_are_those_of_transformers(architecture: str):
     """A config.json that leaves everything optional out equals the class's full one."""
-    import transformers
-
     full = getattr(transformers, CLASSES[architecture])().to_dict()
     full = json.loads(json.dumps(full)) | {"architectures": [architecture]}
     required = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
@@ -190,7 +190,9 @@ def test_biases(architecture: str):
 def test_soft_caps_null_is_off_and_absent_is_the_default():
     config = config_from_hf(_arch("Gemma2ForCausalLM", attn_logit_softcapping=None))
     assert (config.attn_soft_cap, config.final_soft_cap) == (None, 30.0)
-    assert config_from_hf(_arch("LlamaForCausalLM", final_logit_softcapping=1)).final_soft_cap is None
+    assert (
+        config_from_hf(_arch("LlamaForCausalLM", final_logit_softcapping=1)).final_soft_cap is None
+    )
 
 
 def test_c13_eos_is_the_union_of_both_files_and_logged(caplog: pytest.LogCaptureFixture):
@@ -270,7 +272,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "the same for all kinds of layers",
     ),
     "C8 unknown kind": (
-        {"rope_parameters": {"full_attention": {}, "other": {}}}, "keyed by full_attention"
+        {"rope_parameters": {"full_attention": {}, "other": {}}},
+        "keyed by full_attention",
     ),
     "C8 part of a head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
     "C10 vocab 0": ({"vocab_size": 0}, "vocab_size must be an integer >= 1"),
@@ -323,6 +326,36 @@ def test_impossible_values_are_refused_with_file_field_value_and_rule(case: str)
 def test_generation_config_is_checked_too(eos: Any):
     with pytest.raises(ConfigError, match=r"generation_config.eos_token_id must be"):
         config_from_hf(HF_CONFIG, {"eos_token_id": eos}, "some/config.json")
+
+
+ODD = (
+    None, True, False, 0, -1, 1, 3, 10**9, 10**30, 0.5, -0.0, NAN, float("inf"), "", "64", "llama3",
+    [], [0], ["full_attention"] * 2, {}, {"factor": 2}, {"full_attention": {"rope_theta": 1e6}},
+)  # fmt: skip
+
+
+def test_random_odd_values_raise_only_our_error():
+    names = [*HF_CONFIG, "head_dim", "sliding_window", "use_sliding_window", "layer_types", "dtype"]
+    names += [
+        "rope_scaling",
+        "rope_parameters",
+        "query_pre_attn_scalar",
+        "attention_bias",
+        "n_head",
+    ]
+    names += ["attn_logit_softcapping", "quantization_config", "max_window_layers", "n_embd"]
+    draw = random.Random(20240609)
+    refused = 0
+    for _ in range(500):
+        given = _arch(draw.choice(KNOWN_ARCHITECTURES), n_embd=16, n_layer=2, n_head=4, head_dim=4)
+        given |= {draw.choice(names): draw.choice(ODD) for _ in range(draw.randint(1, 3))}
+        try:
+            assert config_from_hf(given).num_layers in (1, 2, 3)
+        except ConfigError:
+            refused += 1
+        except Exception as error:
+            raise AssertionError(given) from error
+    assert 200 < refused < 500
 
 
 BAD_JSON = {
