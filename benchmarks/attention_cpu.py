@@ -4,7 +4,8 @@
 
 All implementations of a case run in one process, interleaved, and the best of the rounds counts: on
 a shared machine only ratios mean something. "gather" is the form to beat, one gather of every page
-of every row and two einsums. Each run chains --layers calls in one jit, as the layers of a model do.
+of every row and two einsums.
+Each run chains --layers calls in one jit, as the layers of a model do.
 """
 
 import argparse
@@ -147,7 +148,9 @@ def run_write(num_tokens: int, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Runs the chosen cases and prints a line for each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="Times paged attention and KV writes; one JSON line per case."
+    )
     parser.add_argument("--heads", type=int, default=9)
     parser.add_argument("--kv-heads", type=int, default=3)
     parser.add_argument("--head-dim", type=int, default=64)

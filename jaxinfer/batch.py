@@ -248,7 +248,7 @@ class _RowCache:
 
     sample: np.ndarray
     pages: np.ndarray
-    kv_len: int = -1
+    page_list: list[int] | None = None
 
 
 class Builder:
@@ -299,15 +299,13 @@ class Builder:
         """The row's cached columns and page row, brought up to this step."""
         cached = self._cache.get(row.sequence)
         if cached is None:
-            cached = _RowCache(
-                _sample_column(row.sequence), np.zeros(self.pages_per_row, np.int32)
-            )
+            cached = _RowCache(_sample_column(row.sequence), np.zeros(self.pages_per_row, np.int32))
             self._cache[row.sequence] = cached
-        # A row that goes on where it stopped can only have changed pages from the one it writes on.
-        first = row.start // self.page_size if cached.kv_len == row.start else 0
-        tail = row.pages[first:]
-        cached.pages[first : first + len(tail)] = tail
-        cached.kv_len = row.kv_len
+        # The scheduler replaces a sequence's list of pages and never changes it.
+        if cached.page_list is not row.pages:
+            cached.pages[: len(row.pages)] = row.pages
+            cached.pages[len(row.pages) :] = 0
+            cached.page_list = row.pages
         return cached
 
     def _fill_decode(self, f: dict[str, np.ndarray], rows: list[Row]) -> None:
@@ -315,9 +313,13 @@ class Builder:
         size = self.page_size
         starts = [row.start for row in rows]
         f["positions"][:n] = starts
-        f["slots"][:n] = [row.pages[p // size] * size + p % size for row, p in zip(rows, starts, strict=True)]
+        f["slots"][:n] = [
+            row.pages[p // size] * size + p % size for row, p in zip(rows, starts, strict=True)
+        ]
         f["feed"][:n] = [-1 if row.fed_from is None else row.fed_from for row in rows]
-        f["tokens"][:n] = [row.sequence.tokens[row.start] if row.fed_from is None else 0 for row in rows]
+        f["tokens"][:n] = [
+            row.sequence.tokens[row.start] if row.fed_from is None else 0 for row in rows
+        ]
         for i, row in enumerate(rows):
             if row.sequence.request.params.prompt_logprobs is not None:
                 self._fill_targets(f, row, i)

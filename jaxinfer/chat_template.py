@@ -2,10 +2,10 @@
 
 Templates come from the model's files or from the caller's own argument, never from inside a
 message: message text is data, and `{{ }}` in it stays as it is. The sandbox denies access to
-Python's internals; beyond it, loop passes, range sizes, repetition and output length are bounded, so
-a hostile template ends in an error instead of running for ever. Filters and concatenation can still
-build one huge string: load templates only from models you trust. `strftime_now` makes a prompt
-depend on the date, and so keeps one day's prompts from sharing a prefix with the next day's.
+Python's internals; beyond it, loop passes, range sizes, repetition and output length are bounded,
+so a hostile template ends in an error instead of running for ever. Filters and concatenation can
+still build one huge string: load templates only from models you trust. `strftime_now` makes a
+prompt depend on the date, so that one day's prompts share no prefix with the next day's.
 """
 
 import json
@@ -25,8 +25,8 @@ from jaxinfer.errors import InvalidRequestError, JaxInferError, TokenizerError
 
 MAX_TEMPLATE_CHARS = 1_000_000
 MAX_OUTPUT_CHARS = 16_000_000
-MAX_STEPS = 2_000_000
-"""Loop passes, calls of macros and elements of ranges in one rendering."""
+MAX_STEPS = 500_000
+"""Loop passes, calls of macros and elements of ranges in one rendering: about two seconds."""
 MAX_MESSAGES = 2_048
 ROLES = ("system", "user", "assistant", "tool", "developer")
 _RESERVED = frozenset(

@@ -185,7 +185,9 @@ def _read_prompts(command: Generate) -> list[str]:
     else:
         lines = source.read_bytes().splitlines()
     is_json = source.suffix == ".jsonl"
-    prompts = [_read_line(source, n, line, is_json) for n, line in enumerate(lines, 1) if line.strip()]
+    prompts = [
+        _read_line(source, n, line, is_json) for n, line in enumerate(lines, 1) if line.strip()
+    ]
     if not prompts:
         raise InvalidRequestError(f"{source} has no prompts; give one a line")
     return prompts

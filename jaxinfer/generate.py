@@ -139,7 +139,8 @@ def _check(model: Model, tokens, lengths, max_new_tokens, choose: SamplingParams
         known = name in _APPLIED_FIELDS or name in _IGNORED_FIELDS
         if not known and getattr(choose, name) != getattr(default, name):
             raise InvalidRequestError(
-                f"generate does not apply SamplingParams.{name}; use LLM, or leave it out", param=name
+                f"generate does not apply SamplingParams.{name}; use LLM, or leave it out",
+                param=name,
             )
     for name in ("logit_bias", "allowed_token_ids"):
         for token in getattr(choose, name) or ():

@@ -176,7 +176,9 @@ class Intake:
                 param="prompt",
             )
         if not text:
-            raise InvalidRequestError("the prompt is empty; give at least one token", param="prompt")
+            raise InvalidRequestError(
+                "the prompt is empty; give at least one token", param="prompt"
+            )
         limit = self.tokenizer.max_chars_for(self.max_model_len)
         if len(text) > limit:
             raise InvalidRequestError(
@@ -291,7 +293,5 @@ def _bias_key(params: SamplingParams, bad_token_ids: tuple[tuple[int, ...], ...]
     single = sorted(ids[0] for ids in bad_token_ids if len(ids) == 1)
     if not params.logit_bias and params.allowed_token_ids is None and not single:
         return b""
-    content = repr(
-        (sorted((params.logit_bias or {}).items()), params.allowed_token_ids, single)
-    )
+    content = repr((sorted((params.logit_bias or {}).items()), params.allowed_token_ids, single))
     return hashlib.sha256(content.encode()).digest()

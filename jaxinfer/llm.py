@@ -237,7 +237,12 @@ class LLM:
             self._mail.pop(request_id, None)
 
     def _generate(
-        self, prompts: Any, sampling_params: Any, use_tqdm: bool | None, priority: Any, special: bool
+        self,
+        prompts: Any,
+        sampling_params: Any,
+        use_tqdm: bool | None,
+        priority: Any,
+        special: bool,
     ) -> list[RequestOutput]:
         prompts, single = split_prompts(prompts)
         params = per_prompt(sampling_params, len(prompts), "sampling_params")
@@ -371,7 +376,9 @@ class LLM:
         show = self._verbose if use_tqdm is None else use_tqdm
         runner = self.engine.runner
         hits = COMPILES.cache_hits
-        with tqdm(total=runner.num_programs, desc="compiling", unit="prog", disable=not show) as bar:
+        with tqdm(
+            total=runner.num_programs, desc="compiling", unit="prog", disable=not show
+        ) as bar:
 
             def note(name: str) -> None:
                 bar.set_postfix_str(name, refresh=False)

@@ -167,9 +167,7 @@ def _memory(config: EngineConfig, model: Model) -> kv_cache.MemoryPlan:
     )
 
 
-def _params(
-    config: EngineConfig, source: weights.ModelSource, model: Model, verbose: bool
-) -> dict:
+def _params(config: EngineConfig, source: weights.ModelSource, model: Model, verbose: bool) -> dict:
     if config.load_format == "dummy":
         return model.init_params(jax.random.key(config.seed & 0xFFFFFFFF))
 

@@ -161,22 +161,25 @@ class Tokenizer:
 
     def decode_whole(self, ids: Sequence[int], spaces_between_special_tokens: bool = True) -> str:
         """The library's own decoding of `ids`, special tokens included."""
-        added = self.added_ids
-        runs: list[tuple[bool, list[int]]] = []
-        for i, token in enumerate(ids):
-            follows = i > 0 and token in added and ids[i - 1] in added
-            if not runs or (follows and not spaces_between_special_tokens):
-                runs.append((follows and not spaces_between_special_tokens, []))
-            elif runs[-1][0]:
-                runs.append((False, []))
-            runs[-1][1].append(token)
         with rust_errors("decoding token ids", self.path):
-            return "".join(
-                (self.backend.id_to_token(run[0]) or "")
-                if literal
-                else self.backend.decode(run, skip_special_tokens=False)
-                for literal, run in runs
-            )
+            if spaces_between_special_tokens:
+                return self._decode_after(None, ids)
+            parts, start = [], 0
+            for i in range(1, len(ids)):
+                if ids[i] in self.added_ids and ids[i - 1] in self.added_ids:
+                    parts.append(
+                        self._decode_after(ids[start - 1] if start else None, ids[start:i])
+                    )
+                    parts.append(self.backend.id_to_token(ids[i]) or "")
+                    start = i + 1
+            parts.append(self._decode_after(ids[start - 1] if start else None, ids[start:]))
+            return "".join(parts)
+
+    def _decode_after(self, before: int | None, ids: Sequence[int]) -> str:
+        """The text of `ids` where the token `before` precedes them."""
+        context = [] if before is None else [before]
+        text = self.backend.decode([*context, *ids], skip_special_tokens=False)
+        return text[len(self.backend.decode(context, skip_special_tokens=False)) :]
 
     def token_bytes(self, token: int) -> bytes:
         """What a token adds to a text (bytewise tokenizers). Empty for ids past the vocabulary."""

@@ -151,13 +151,13 @@ def check_tokenizer_json(content: dict[str, Any], path: Path) -> dict[str, int]:
     if not isinstance(model, dict):
         raise TokenizerError(f'{path}: "model" must be an object; got {model!r:.100}', path=path)
     ids = _vocabulary(model.get("vocab"), path)
-    _check_merges(model, ids, path)
     texts = {i: token for token, i in ids.items()}
     if len(texts) != len(ids):
         first, i = next((token, i) for token, i in ids.items() if texts[i] != token)
         raise TokenizerError(
             f"{path}: {first!r:.100} and {texts[i]!r:.100} both have id {i}", path=path
         )
+    _check_merges(model, ids, path)
     added = content.get("added_tokens") or []
     if not isinstance(added, list):
         raise TokenizerError(f'{path}: "added_tokens" must be a list', path=path)

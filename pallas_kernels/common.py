@@ -1,5 +1,7 @@
 """What every operation's checks share: dtype names, argument errors. Knows no page layout."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 MASKED = -1e30
 
 
-def dtype_name(dtype: object, argument: str) -> str:
+def dtype_name(dtype: Any, argument: str) -> str:
     """`dtype` (a name or a dtype) as one of DTYPES; ValueError otherwise."""
     try:
         name = jnp.dtype(dtype).name

@@ -1,7 +1,7 @@
 """Which implementation runs: resolved once, by name, before anything is traced; never a fallback.
 
 An implementation is a full set of operations because they share a page layout that nothing else
-knows. To add one, write its files in `paged_attention/` and `kv_write/` and add its row to `_BUILD`.
+knows. To add one, write its files in `paged_attention/` and `kv_write/` and its row in `_BUILD`.
 """
 
 from collections.abc import Callable

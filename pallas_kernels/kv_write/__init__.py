@@ -4,8 +4,8 @@
 
 slot = page * page_size + offset. Under a jit that donates `pages` the write is in place: a scatter
 of T rows, whose cost does not depend on the size of the pool. k and v are rounded to the pages'
-dtype. Slots outside the pool are not written. Where two tokens have one slot, any of them may stay: only
-page 0, which nobody reads, is written twice.
+dtype. Slots outside the pool are not written. Where two tokens have one slot, any of them may stay:
+only page 0, which nobody reads, is written twice.
 """
 
 import jax

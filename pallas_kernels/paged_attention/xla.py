@@ -1,4 +1,4 @@
-"""Paged attention in plain XLA: the fast path on CPU, and right on GPU and TPU too.
+"""Paged attention in plain XLA: the fast path on CPU; nothing in it is tied to CPU.
 
 Owns its layout: K transposed, `k [P, K, H, page_size]`, and `v [P, K, page_size, H]`. XLA:CPU does
 not vectorise a float sum over the minor axis, so both products reduce over another one: q.k over H

@@ -114,7 +114,14 @@ def run(llm: LLM, indices: list[int], reference: Reference) -> None:
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize(
     ("chunk", "page_size", "cached"),
-    [(16, 8, True), (64, 16, False), (512, 64, True), (16, 64, False), (64, 8, True), (512, 8, False)],
+    [
+        (16, 8, True),
+        (64, 16, False),
+        (512, 64, True),
+        (16, 64, False),
+        (64, 8, True),
+        (512, 8, False),
+    ],
 )
 def test_batches_chunks_pages_cache_overlap(tiny, reference, chunk, page_size, cached, overlap):
     """Alone, in batches of 2, 7 and 32, twice over (the second time from the cache), shuffled."""

@@ -17,12 +17,12 @@ import numpy as np
 from pallas_kernels import Ops, Ragged
 
 AXES: dict[str, tuple[Any, ...]] = {
-    "heads": ((3, 3), (6, 2), (8, 2), (8, 1), (2, 1)),  # MHA, GQA 3, 4, MQA 8 and 2
+    "heads": ((3, 3), (6, 2), (8, 2), (16, 2), (5, 1)),  # MHA, GQA 3, 4, 8, MQA
     "head_dim": (16, 64, 128, 256),
     "dtype": ("float32", "bfloat16", "float16"),
     "page_size": (8, 16, 64),
     "mask": ("causal", "window", "soft_cap", "window+soft_cap"),
-    "scenario": ("decode", "prefill", "mixed", "verify", "empty", "one", "edges", "shared"),
+    "scenario": ("decode", "prefill", "mixed", "verify", "empty", "edges", "shared"),
 }
 WINDOW, SOFT_CAP = 19, 1.5
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
@@ -75,8 +75,7 @@ def scenario(name: str, page_size: int) -> dict[str, Any]:
         "prefill": {"rows": ((150, 150), (70, 200), (8, 8)), "padding_tokens": 5},
         "mixed": {"rows": (*decode[:3], (33, 33), (65, 130)), "num_decode": 3},
         "verify": {"rows": ((5, 270), (3, 3), (9, p + 9), (1, p + 1), (8, 129))},
-        "empty": {"rows": ((1, 20), (0, 0), (0, 33), (7, 7), (0, 0)), "num_decode": 1},
-        "one": {"rows": ((1, 1),), "padding_tokens": 0},
+        "empty": {"rows": ((1, 20), (0, 0), (0, 33), (7, 7), (1, 1), (0, 0)), "num_decode": 1},
         "edges": {"rows": (*edges, (p, p), (p + 1, 2 * p), (p - 1, 2 * p - 1)), "num_decode": 6},
         "shared": {
             "rows": ((1, 3 * p + 2), (1, 2 * p), (6, 2 * p + 6), (p, 3 * p)),

@@ -10,7 +10,7 @@ SPECIALS = ("<bos>", "<eos>", "<pad>")
 
 
 class ByteTokenizer:
-    """Has the methods of jaxinfer.tokenizer.Tokenizer; `vocab_size` may leave room for unused ids."""
+    """Has jaxinfer.tokenizer.Tokenizer's methods; `vocab_size` may leave room for unused ids."""
 
     bytewise = True
     strips_space = False

@@ -17,8 +17,8 @@ def golden(name: str) -> Any:
     return json.loads((GOLDENS / f"{name}.json").read_text())
 
 
-def metadata_of(model: str, lists: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    return {f"tokenizer.ggml.{k}": v for k, v in {"model": model, **lists, **fields}.items()}
+def metadata_of(kind: str, lists: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {f"tokenizer.ggml.{k}": v for k, v in {"model": kind, **lists, **fields}.items()}
 
 
 @pytest.fixture(scope="session")

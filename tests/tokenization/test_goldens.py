@@ -5,7 +5,6 @@ import pytest
 from jaxinfer.tokenizer import from_gguf
 from tests.tokenization.conftest import golden, metadata_of
 
-
 SMALL = golden("small")
 
 
