@@ -44,6 +44,10 @@ class BiasRows:
             slots.append(slot)
         return slots, uploads
 
+    def reset(self) -> None:
+        """Forget what the device's table holds; every row is uploaded anew when it is needed."""
+        self._slots.clear()
+
     def _take(self) -> int:
         if len(self._slots) + 1 < self.capacity:
             return len(self._slots) + 1

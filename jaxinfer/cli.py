@@ -129,12 +129,12 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except EngineDeadError as error:
         return _complain(error, 3)
-    except (JaxInferError, OSError) as error:
-        return _complain(error, 2)
     except BrokenPipeError:
         # The reader (head, less) left; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (JaxInferError, OSError) as error:
+        return _complain(error, 2)
 
 
 def _complain(error: Exception, status: int) -> int:

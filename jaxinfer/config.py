@@ -161,7 +161,7 @@ class EngineConfig:
     num_pages: int | None = None
     """Pages in the pool; None: what kv_cache_memory_bytes or the device's memory allows."""
     kv_cache_memory_bytes: int | None = None
-    """Bytes for pages; None: what gpu_memory_utilization leaves; 1 GiB on a CPU."""
+    """Bytes for pages; None: what gpu_memory_utilization leaves; 768 MiB on a CPU."""
     gpu_memory_utilization: float = 0.9
     """Share of the device's memory (GPU or TPU) that weights, activations and pages may take."""
     enable_prefix_caching: bool = True

@@ -4,9 +4,12 @@ Engine owns the scheduler, the runner and the state of every request; it serves 
 in one thread. `LLM` (llm.py) is the user's face of it.
 """
 
+import signal
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,10 +142,20 @@ class Engine:
             EngineDeadError: the engine failed, now or before, or is closed.
         """
         self.check_alive()
-        try:
+        with self._fatal_faults():
             self._dispatch()
             if len(self._in_flight) >= self._depth or (self._in_flight and not self._dispatched):
                 self._collect(self._in_flight.popleft())
+            outputs = self._take_outputs()
+            if not self._states:  # what is still in flight is of requests that have ended
+                outputs += self._collect_all()
+        return outputs
+
+    @contextmanager
+    def _fatal_faults(self) -> Iterator[None]:
+        """A fault that is not of jaxinfer's own making ends the engine."""
+        try:
+            yield
         except (JaxInferError, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -150,7 +163,6 @@ class Engine:
             raise EngineDeadError(
                 f"the engine failed in a step: {error}; every request in it is lost, make a new LLM"
             ) from error
-        return self._take_outputs()
 
     def _dispatch(self) -> None:
         self._dispatched = False
@@ -162,10 +174,14 @@ class Engine:
             self._note_ended()
             return
         planned = time.perf_counter()
-        slots, uploads = self._bias.assign(plan)
-        batch = self._builder.build(plan, slots)
-        built = time.perf_counter()
-        result = self.runner.run(batch, plan.copies, uploads)
+        try:
+            slots, uploads = self._bias.assign(plan)
+            batch = self._builder.build(plan, slots)
+            built = time.perf_counter()
+            result = self.runner.run(batch, plan.copies, uploads)
+        except (JaxInferError, KeyboardInterrupt):
+            self._give_up(plan)
+            raise
         self._in_flight.append(_InFlight(plan, batch, result))
         self._dispatched = True
         self._note_ended()
@@ -181,6 +197,17 @@ class Engine:
                 dispatch_seconds=time.perf_counter() - built,
             )
         )
+
+    def _give_up(self, plan: StepPlan) -> None:
+        """Abort the requests of a plan that never ran, and close its books."""
+        while self._in_flight:
+            self._collect(self._in_flight.popleft())
+        for row in plan.rows:
+            request_id = row.sequence.request.request_id
+            if self.scheduler.abort(request_id):
+                self._changed[request_id] = None
+        self.scheduler.commit(plan, [0] * len(plan.rows))
+        self._bias.reset()  # rows that were to be uploaded were not
 
     def _note_ended(self) -> None:
         """Requests that the scheduler failed have an output to hand out."""
@@ -258,6 +285,10 @@ class Engine:
 
     def settle(self) -> list[RequestOutput]:
         """Collect what is in flight without dispatching more; what is new, as `step` returns it."""
+        with self._fatal_faults():
+            return self._collect_all()
+
+    def _collect_all(self) -> list[RequestOutput]:
         while self._in_flight:
             self._collect(self._in_flight.popleft())
         return self._take_outputs()
@@ -289,3 +320,28 @@ class Engine:
 
 class _Closed(Exception):
     """Marks an engine that was closed on purpose."""
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[None]:
+    """Ctrl-C inside the block is raised when it ends, so that the books are never half written.
+
+    A second Ctrl-C is raised at once: the device may hang. Only where Python's own handler is set.
+    """
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    came: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        came.append(number)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt

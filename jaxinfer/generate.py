@@ -88,7 +88,8 @@ def generate(
     pages = kv_cache.allocate(model, rows * pages_per_row + 1, _PAGE_SIZE)
     table = 1 + jnp.arange(rows * pages_per_row, dtype=jnp.int32).reshape(rows, pages_per_row)
     lengths = lengths.astype(jnp.int32)
-    draw = partial(_draw, model, choose, key, eos, lengths)
+    unused = jax.random.key(0)  # greedy rows draw nothing, but the sampler traces the draw
+    draw = partial(_draw, model, choose, unused if key is None else key, eos, lengths)
     hidden, layers = _prefill(model, params, pages.layers, table, tokens, lengths)
     history = jnp.pad(tokens.astype(jnp.int32), ((0, 0), (0, max_new_tokens)))
     zeros = jnp.zeros((rows, max_new_tokens))
@@ -225,8 +226,8 @@ def _draw(model: Model, choose: SamplingParams, key, eos, prompt_lens, params, h
     )
 
     def keys():
-        one = lambda r, p: jax.random.fold_in(jax.random.fold_in(key, r), p)  # noqa: E731
-        return jax.vmap(one)(jnp.arange(rows), state.kv_lens)
+        per_row = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+        return jax.vmap(jax.random.fold_in)(per_row, state.kv_lens)
 
     drawn = sampler.sample(
         logits, per_row, lambda: state.history, table, model.config.vocab_size, keys

@@ -12,8 +12,8 @@ from jaxinfer.errors import CapacityError, ConfigError
 from jaxinfer.models import Model
 
 GIB = 2**30
-CPU_KV_BYTES = GIB
-"""What the pages may take on a CPU when nothing is said: room for 22,000 tokens of the default model."""
+CPU_KV_BYTES = 3 * GIB // 4
+"""What the pages may take on a CPU when nothing is said: room for 17,000 tokens of the default model."""
 
 
 @partial(jax.tree_util.register_dataclass)
@@ -113,7 +113,7 @@ def make_plan(
 
     `num_pages` counts usable pages; one more is added for page 0. Without a size the pool takes what
     `gpu_memory_utilization` of the device leaves after weights, activations and sampler state; on a CPU
-    (no limit known) 1 GiB, and never more than max_num_seqs requests of max_model_len can use.
+    (no limit known) 768 MiB, and never more than max_num_seqs requests of max_model_len can use.
 
     Raises:
         CapacityError: the model alone does not fit, or not one request of the given max_model_len does.

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from jaxinfer import setup
 from jaxinfer.config import EngineConfig
+from jaxinfer.engine import deferred_interrupt
 from jaxinfer.errors import ConfigError, InvalidRequestError, JaxInferError
 from jaxinfer.intake import per_prompt, split_prompts
 from jaxinfer.outputs import failed_output
@@ -205,7 +206,8 @@ class LLM:
         return outputs
 
     def has_unfinished_requests(self) -> bool:
-        return self.engine.has_work
+        """Whether `step` still has something to say about the requests of `add_request`."""
+        return bool(self._queued)
 
     def abort(self, request_id: str | list[str]) -> None:
         """End requests at any stage; ids that are not running or waiting are ignored."""
@@ -218,7 +220,8 @@ class LLM:
         Several streams may be open at once: what a step makes for the others waits in their mail.
         """
         if mine is None or not any(self._mail.get(i) for i in mine):
-            self._deliver(self.engine.step())
+            with deferred_interrupt():
+                self._deliver(self.engine.step())
         ids = [i for i in self._mail if (i in mine if mine is not None else i in self._queued)]
         return [output for i in ids for output in self._mail.pop(i)]
 
@@ -230,11 +233,12 @@ class LLM:
         """Abort `live` and throw their outputs away; the other requests go on."""
         if not live or not self.engine.is_alive:
             return
-        for request_id in live:
-            self.engine.abort(request_id)
-        self._deliver(self.engine.settle())
-        for request_id in live:
-            self._mail.pop(request_id, None)
+        with deferred_interrupt():
+            for request_id in live:
+                self.engine.abort(request_id)
+            self._deliver(self.engine.settle())
+            for request_id in live:
+                self._mail.pop(request_id, None)
 
     def _generate(
         self,
@@ -360,7 +364,7 @@ class LLM:
         request = self.engine.intake.request(
             prompt, SamplingParams(max_tokens=1), request_id=self._new_id(), cache_only=True
         )
-        self.engine.scheduler.pin(request.prompt_token_ids, request.cache_salt, ttl=None, pin=False)
+        self.engine.scheduler.unpin(request.prompt_token_ids, request.cache_salt)
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix, pinned ones too. Requests that run keep the pages they use."""

@@ -65,7 +65,7 @@ class LogprobReader:
 
 @dataclass(slots=True)
 class SampleState:
-    """One sample's output so far. `num_sent*` are what a DELTA output has already carried."""
+    """One sample's output so far. `num_sent` tokens, and the end, were already in a DELTA output."""
 
     sequence: Sequence
     detokenizer: Detokenizer | None
@@ -73,6 +73,12 @@ class SampleState:
     cumulative_logprob: float | None
     token_ids: list[int] = field(default_factory=list)
     num_sent: int = 0
+    end_sent: bool = False
+
+    @property
+    def has_news(self) -> bool:
+        is_new_end = self.sequence.is_finished and not self.end_sent
+        return is_new_end or self.num_sent < len(self.token_ids)
 
     def push(self, token: int, *, is_stop_token: bool, keep_stop: bool) -> str | None:
         """Append a token; the stop string that it completed, if any.
@@ -85,13 +91,11 @@ class SampleState:
         self.detokenizer.push([token])
         return self.detokenizer.stopped_by
 
-    def finish(self) -> None:
-        if self.detokenizer is not None:
-            self.detokenizer.flush()
-
     def output(self, delta: bool) -> CompletionOutput:
+        if self.sequence.is_finished and self.detokenizer is not None:
+            self.detokenizer.flush()
         start = self.num_sent if delta else 0
-        self.num_sent = len(self.token_ids)
+        self.num_sent, self.end_sent = len(self.token_ids), self.sequence.is_finished
         sent = self.detokenizer.delta() if self.detokenizer and delta else ""
         text = sent if delta else (self.detokenizer.text if self.detokenizer else "")
         return CompletionOutput(
@@ -151,13 +155,10 @@ class RequestState:
     def output(self) -> RequestOutput | None:
         """What to hand out now, by the request's output kind; None where there is nothing new."""
         finished = self.request.is_finished
-        if finished:
-            for sample in self.samples:
-                sample.finish()
         if self.kind is RequestOutputKind.FINAL_ONLY and not finished:
             return None
         delta = self.kind is RequestOutputKind.DELTA
-        samples = [s for s in self.samples if not delta or self._has_news(s)]
+        samples = [s for s in self.samples if not delta or s.has_news]
         prompt_logprobs = None if delta and self.sent_prompt else self.prompt_logprobs
         self.sent_prompt = True
         request = self.request
@@ -173,10 +174,6 @@ class RequestState:
             num_cache_creation_tokens=request.num_cache_creation_tokens,
             error=request.error,
         )
-
-    @staticmethod
-    def _has_news(sample: SampleState) -> bool:
-        return sample.num_sent < len(sample.token_ids) or sample.sequence.is_finished
 
 
 def _detokenizer(request: Request, tokenizer: Tokenizer | None) -> Detokenizer | None:

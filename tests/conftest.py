@@ -1,6 +1,7 @@
-"""Settings every test runs under: CPU, strict promotion, no silent rank promotion."""
+"""Settings every test runs under: CPU, strict promotion, compiled programs shared between tests."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,4 +9,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax
 
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
+CACHE.mkdir(parents=True, exist_ok=True, mode=0o700)
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Many tests build engines of equal shapes: most of the suite's time would go to compiling them again.
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
