@@ -1,10 +1,12 @@
-"""The engine on the default model: throughput beside transformers, host time, KV waste, memory, start-up.
+"""The engine on the default model: throughput beside transformers, host time, KV waste, memory,
+start-up.
 
     python -m benchmarks.engine                  # every row
     python -m benchmarks.engine throughput       # one of: throughput host waste start
 
-One JSON line per row. Throughput interleaves the engines in one process (A, B, A, B ...) so that a busy
-machine slows both; it reports medians and the ratio. transformers runs where torch is installed.
+One JSON line per row. Throughput interleaves the engines in one process (A, B, A, B ...) so that a
+busy machine slows both; it reports medians and the ratio. transformers runs where torch is
+installed.
 """
 
 import argparse
@@ -45,7 +47,8 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-# -- throughput -------------------------------------------------------------------------------------
+# -- throughput
+# -------------------------------------------------------------------------------------
 
 
 def throughput(batches: list[int], repeats: int) -> None:
@@ -76,9 +79,7 @@ def throughput(batches: list[int], repeats: int) -> None:
                     run(prompts)
                     seconds[name].append(time.perf_counter() - begun)
             medians = {name: statistics.median(s) for name, s in seconds.items()}
-            row = {
-                f"{name}_tok_s": round(batch * NEW_TOKENS / m, 1) for name, m in medians.items()
-            }
+            row = {f"{name}_tok_s": round(batch * NEW_TOKENS / m, 1) for name, m in medians.items()}
             if theirs is not None:
                 row["ratio"] = round(medians["transformers"] / medians["jaxinfer"], 2)
             report(bench="throughput", batch=batch, repeats=repeats, **row)
@@ -87,7 +88,8 @@ def throughput(batches: list[int], repeats: int) -> None:
 
 
 def transformers_engine() -> Callable | None:
-    """`generate` of transformers on the same GGUF in float32; None, with a line, where it is absent."""
+    """`generate` of transformers on the same GGUF in float32; None, with a line, where it is
+    absent."""
     try:
         import torch
         from transformers import AutoModelForCausalLM
@@ -113,7 +115,8 @@ def transformers_engine() -> Callable | None:
     return run
 
 
-# -- host time and waste ----------------------------------------------------------------------------
+# -- host time and waste
+# ----------------------------------------------------------------------------
 
 
 def host(rows: int = 256, steps: int = 200) -> None:
@@ -157,10 +160,13 @@ def waste(requests: int = 400) -> None:
         slots += pool.page_size * sum(len(row.pages) for row in plan.rows)
         tokens += sum(row.kv_len for row in plan.rows)
         scheduler.commit(plan, [7] * len(plan.rows))
-    report(bench="waste", page_size=pool.page_size, wasted_percent=round(100 * (1 - tokens / slots), 2))
+    report(
+        bench="waste", page_size=pool.page_size, wasted_percent=round(100 * (1 - tokens / slots), 2)
+    )
 
 
-# -- start-up ---------------------------------------------------------------------------------------
+# -- start-up
+# ---------------------------------------------------------------------------------------
 
 
 def start() -> None:

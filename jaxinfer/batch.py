@@ -66,9 +66,9 @@ class SampleParams:
 class Batch:
     """One step's input on the device: T flat new tokens of S rows, padded to a bucket.
 
-    `feed[t]` >= 0: take token t from that row of the step before, whose sample is still on the device.
-    `last[s]` is the flat token whose logits row s samples from. `targets[t]` is the prompt token that
-    follows token t where prompt log-probs are wanted, else -1.
+    `feed[t]` >= 0: take token t from that row of the step before, whose sample is still on the
+    device. `last[s]` is the flat token whose logits row s samples from. `targets[t]` is the prompt
+    token that follows token t where prompt log-probs are wanted, else -1.
     """
 
     tokens: Int32[Array, " T"]
@@ -85,10 +85,11 @@ class Batch:
 class StepResult:
     """What a step gives back; arrays stay on the device until the host asks for them.
 
-    `tokens[s]`: the token drawn, -1 where a logit was NaN or infinite, -2 where every token was banned;
-    padded to max_num_seqs so that the next step can be fed from it whatever its bucket.
+    `tokens[s]`: the token drawn, -1 where a logit was NaN or infinite, -2 where every token was
+    banned; padded to max_num_seqs so that the next step can be fed from it whatever its bucket.
     Log-probs (natural logarithm, of the raw logits) and 1-based ranks of the drawn token, and the K
-    best tokens, per row; the same for the prompt's next token, per flat token. Zeros where not asked.
+    best tokens, per row; the same for the prompt's next token, per flat token. Zeros where not
+    asked.
     """
 
     tokens: Int32[Array, " R"]
@@ -134,7 +135,8 @@ class Buckets:
         few = min(8, max_num_seqs)
         mixed = set()
         for tokens in _geometric(32, max_num_batched_tokens, 4):
-            # A mixed bucket must not look like a decode one, hence one row fewer than tokens at most.
+            # A mixed bucket must not look like a decode one, hence one row fewer than tokens at
+            # most.
             for limit in (few, max_num_seqs):
                 if limit < tokens:
                     mixed.add(Bucket(tokens, limit))
@@ -244,7 +246,8 @@ class HostBatch:
 
 @dataclass(slots=True)
 class _RowCache:
-    """What build() keeps of a sequence between steps, so that a step costs O(rows), not O(tokens)."""
+    """What build() keeps of a sequence between steps, so that a step costs O(rows), not
+    O(tokens)."""
 
     sample: np.ndarray
     pages: np.ndarray
@@ -352,7 +355,8 @@ class Builder:
 
 
 def _offsets(rows: list[Row]) -> tuple[list[int], int]:
-    """Flat token offsets of the rows (one more than rows), and how many leading rows have one token."""
+    """Flat token offsets of the rows (one more than rows), and how many leading rows have one
+    token."""
     offsets, num_decode = [0], 0
     for i, row in enumerate(rows):
         offsets.append(offsets[-1] + row.num_new)

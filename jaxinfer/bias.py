@@ -1,8 +1,8 @@
 """Bias rows: what logit_bias, allowed_token_ids, bad_words and min_tokens add to a row's logits.
 
-The device holds a table of [V] rows; a step names one per sequence. Rows are kept by content, so equal
-requests share one and a row is uploaded only when it is new. The table has a row for every running
-sequence, so the least recently used one is never needed by the step at hand.
+The device holds a table of [V] rows; a step names one per sequence. Rows are kept by content, so
+equal requests share one and a row is uploaded only when it is new. The table has a row for every
+running sequence, so the least recently used one is never needed by the step at hand.
 """
 
 from collections import OrderedDict

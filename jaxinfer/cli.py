@@ -85,8 +85,8 @@ class Generate:
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Prompts; none: --input, or standard input."""
     input: Path | None = None
-    """File with one prompt a line; with the ending .jsonl one JSON string or {"prompt": ...} a line;
-    "-": standard input."""
+    """File with one prompt a line; with the ending .jsonl one JSON string or {"prompt": ...} a
+    line; "-": standard input."""
     output_format: Literal["text", "jsonl"] = "text"
     """Plain text, or one JSON object per prompt, in the prompts' order."""
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         command = tyro.cli(
             Command,  # pyright: ignore[reportArgumentType]
             prog="jaxinfer",
-            description="LLM inference on JAX: TPU, GPU and CPU. `jaxinfer COMMAND --help` tells more.",
+            description="LLM inference on JAX: TPU, GPU and CPU. See `jaxinfer COMMAND --help`.",
             args=argv,
         )
     except JaxInferError as error:  # an option's value that its dataclass refuses
@@ -147,7 +147,8 @@ def _open(config: EngineConfig) -> LLM:
     return LLM(**options)
 
 
-# -- generate ---------------------------------------------------------------------------------------
+# -- generate
+# ---------------------------------------------------------------------------------------
 
 
 def _generate(command: Generate) -> int:
@@ -179,7 +180,7 @@ def _read_prompts(command: Generate) -> list[str]:
     if str(source) == "-":
         if command.input is None and sys.stdin.isatty():
             raise InvalidRequestError(
-                "no prompt: jaxinfer generate 'text', or --input FILE, or pipe prompts in, one a line"
+                "no prompt: jaxinfer generate 'text', or --input FILE, or pipe them in, one a line"
             )
         lines = sys.stdin.buffer.read().splitlines()
     else:
@@ -261,7 +262,8 @@ def _logprobs_as_json(entries: list | None) -> list | None:
     ]
 
 
-# -- chat -------------------------------------------------------------------------------------------
+# -- chat
+# -------------------------------------------------------------------------------------------
 
 
 def _chat(command: Chat) -> int:

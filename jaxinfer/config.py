@@ -1,8 +1,8 @@
 """Frozen configuration: what a model is (ModelConfig) and how an engine runs it (EngineConfig).
 
-Everything is resolved and validated here, on the host, before a byte of device memory is taken; what
-reads a configuration afterwards needs no defaults. Reading files of a given format into a ModelConfig
-is `jaxinfer/weights`.
+Everything is resolved and validated here, on the host, before a byte of device memory is taken;
+what reads a configuration afterwards needs no defaults. Reading files of a given format into a
+ModelConfig is `jaxinfer/weights`.
 """
 
 import difflib
@@ -17,7 +17,8 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary embedding: base `theta` and frequency scaling ("none", "linear" or Llama 3.1's "llama3")."""
+    """Rotary embedding: base `theta` and frequency scaling ("none", "linear" or Llama 3.1's
+    "llama3")."""
 
     theta: float
     scaling: Literal["none", "linear", "llama3"] = "none"
@@ -31,10 +32,10 @@ class RopeConfig:
 class ModelConfig:
     """A decoder-only transformer, fully resolved.
 
-    `windows[l]` is layer l's sliding window in tokens (a query sees itself and the window - 1 before
-    it), None for full attention. `rope` is None for learned positions; `rope_local` is used by layers
-    with a window where it is not None (Gemma 3). `query_scale` multiplies q.k. `dtype` is the
-    checkpoint's.
+    `windows[l]` is layer l's sliding window in tokens (a query sees itself and the window - 1
+    before it), None for full attention. `rope` is None for learned positions; `rope_local` is used
+    by layers with a window where it is not None (Gemma 3). `query_scale` multiplies q.k. `dtype` is
+    the checkpoint's.
     """
 
     architecture: str
@@ -133,7 +134,8 @@ class EngineConfig:
     """
 
     model: str | None = None
-    """A safetensors directory, a GGUF file, a Hugging Face hub id; None: the embedded SmolLM2-135M."""
+    """A safetensors directory, a GGUF file, a Hugging Face hub id; None: the embedded
+    SmolLM2-135M."""
     tokenizer: str | None = None
     """Directory or hub id to take the tokenizer from; None: the model's own."""
     skip_tokenizer_init: bool = False
@@ -253,8 +255,8 @@ class EngineConfig:
                 )
         if self.tensor_parallel_size != 1:
             raise ConfigError(
-                f"tensor_parallel_size={self.tensor_parallel_size}: several devices are not available "
-                f"yet; use 1",
+                f"tensor_parallel_size={self.tensor_parallel_size}: several devices are not "
+                f"available yet; use 1",
                 field="tensor_parallel_size",
             )
 

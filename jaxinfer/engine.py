@@ -1,7 +1,7 @@
 """The engine's loop: plan, build, step, commit, with one step in flight. Host and device meet here.
 
-Engine owns the scheduler, the runner and the state of every request; it serves any number of callers
-in one thread. `LLM` (llm.py) is the user's face of it.
+Engine owns the scheduler, the runner and the state of every request; it serves any number of
+callers in one thread. `LLM` (llm.py) is the user's face of it.
 """
 
 import signal
@@ -85,8 +85,8 @@ class Engine:
         """Queue a request; `step` serves it.
 
         Raises:
-            InvalidRequestError: it cannot be served. CapacityError: it can never fit the page pool, or
-            too many wait. The engine is unchanged then.
+            InvalidRequestError: it cannot be served. CapacityError: it can never fit the page
+            pool, or too many wait. The engine is unchanged then.
         """
         self.check_alive()
         if request_id is None:

@@ -1,4 +1,5 @@
-"""The errors a user can meet. Each message says what was given, what is allowed, where, and what to do.
+"""The errors a user can meet. Each message says what was given, what is allowed, where, and what
+to do.
 
 User mistakes are `ValueError`s, so callers who know only the standard library can catch them.
 """
@@ -58,7 +59,8 @@ class TokenizerError(JaxInferError, ValueError):
 
 
 class CapacityError(JaxInferError, ValueError):
-    """Something that cannot fit: a model in memory, a request in the page pool, a queue that is full."""
+    """Something that cannot fit: a model in memory, a request in the page pool, a queue that is
+    full."""
 
     def __init__(self, message: str, *, need: int | None = None, have: int | None = None):
         super().__init__(message)

@@ -1,7 +1,8 @@
 """generate: a whole generation in one pure function, its loop one lax.while_loop.
 
-It uses the engine's model, paged attention and sampler over pages of its own, so greedy tokens equal
-`LLM`'s. Callers jit it, shard its inputs, or call it inside a larger program. No state, no host.
+It uses the engine's model, paged attention and sampler over pages of its own, so greedy tokens
+equal `LLM`'s. Callers jit it, shard its inputs, or call it inside a larger program. No state, no
+host.
 """
 
 from dataclasses import dataclass

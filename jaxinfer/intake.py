@@ -1,6 +1,8 @@
-"""Intake: a user's prompt and SamplingParams become a Request, or an error that names what is wrong.
+"""Intake: a user's prompt and SamplingParams become a Request, or an error that names what is
+wrong.
 
-Everything that reaches the device is checked here, because JAX clamps a bad index instead of raising.
+Everything that reaches the device is checked here, because JAX clamps a bad index instead of
+raising.
 """
 
 import hashlib
@@ -24,7 +26,8 @@ _UNSUPPORTED_KEYS = ("multi_modal_data", "mm_processor_kwargs", "prompt_embeds",
 
 
 def split_prompts(prompts: Any) -> tuple[list[Any], bool]:
-    """(list of prompts, whether just one was given): a str, a dict and a list of ints are one prompt."""
+    """(list of prompts, whether just one was given): a str, a dict and a list of ints are one
+    prompt."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts], True
     if not isinstance(prompts, (list, tuple)):
@@ -153,9 +156,11 @@ class Intake:
             raise InvalidRequestError(
                 f"prompt must be a string; got {type(text).__name__}", param="prompt"
             )
-        if ids is None:
-            return text, self._encode(text, add_special_tokens), salt
-        return text, self._check_ids(ids), salt
+        if ids is not None:
+            return text, self._check_ids(ids), salt
+        if text is None:
+            raise InvalidRequestError("the prompt is None; give text or token ids", param="prompt")
+        return text, self._encode(text, add_special_tokens), salt
 
     @staticmethod
     def _salt(salt: Any) -> str:
@@ -171,8 +176,8 @@ class Intake:
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if self.tokenizer is None:
             raise InvalidRequestError(
-                "a text prompt needs a tokenizer, and this engine has skip_tokenizer_init=True; give "
-                "token ids, or pass tokenizer=",
+                "a text prompt needs a tokenizer, and this engine has skip_tokenizer_init=True; "
+                "give token ids, or pass tokenizer=",
                 param="prompt",
             )
         if not text:
@@ -230,8 +235,9 @@ class Intake:
             return room
         if params.max_tokens > room:
             raise InvalidRequestError(
-                f"prompt ({prompt_len} tokens) + max_tokens ({params.max_tokens}) exceed max_model_len "
-                f"({self.max_model_len}); use max_tokens <= {room}, or None to fill the context",
+                f"prompt ({prompt_len} tokens) + max_tokens ({params.max_tokens}) exceed "
+                f"max_model_len ({self.max_model_len}); use max_tokens <= "
+                f"{room}, or None to fill the context",
                 param="max_tokens",
                 value=params.max_tokens,
             )

@@ -1,4 +1,5 @@
-"""KVPages, the device's page pool, and the memory plan that sizes it before anything is allocated."""
+"""KVPages, the device's page pool, and the memory plan that sizes it before anything is
+allocated."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,8 @@ from jaxinfer.models import Model
 
 GIB = 2**30
 CPU_KV_BYTES = 3 * GIB // 4
-"""What the pages may take on a CPU when nothing is said: room for 17,000 tokens of the default model."""
+"""What the pages may take on a CPU when nothing is said: room for 17,000 tokens of the default
+model."""
 
 
 @partial(jax.tree_util.register_dataclass)
@@ -21,8 +23,9 @@ CPU_KV_BYTES = 3 * GIB // 4
 class KVPages:
     """All pages: one opaque pytree per layer (pallas_kernels owns its layout), and the token ids.
 
-    `tokens[p, i]` is the id whose K/V lie at slot i of page p, so that a row's history (for penalties)
-    is read through its page table like its keys, whatever was shared, copied or preempted.
+    `tokens[p, i]` is the id whose K/V lie at slot i of page p, so that a row's history (for
+    penalties) is read through its page table like its keys, whatever was shared, copied or
+    preempted.
     """
 
     layers: tuple[Any, ...]
@@ -73,8 +76,8 @@ class MemoryPlan:
         if self.limit is not None:
             lines.append(f"  {'may be used':<24}{_size(self.limit):>12}")
         lines.append(
-            f"  {self.num_pages - 1:,} pages of {self.page_size} tokens hold {self.num_tokens:,} tokens:"
-            f" {self.num_tokens / self.max_model_len:.1f} requests of {self.max_model_len:,}"
+            f"  {self.num_pages - 1:,} pages of {self.page_size} tokens hold {self.num_tokens:,} "
+            f"tokens: {self.num_tokens / self.max_model_len:.1f} requests of {self.max_model_len:,}"
         )
         return "\n".join(lines)
 
@@ -83,7 +86,7 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
 
 
-def device_memory(device: jax.Device) -> int | None:
+def device_memory(device: Any) -> int | None:
     """Bytes of memory the device lets us use, None where it does not say (CPU)."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     return stats.get("bytes_limit") if stats else None
@@ -111,12 +114,14 @@ def make_plan(
 ) -> MemoryPlan:
     """Size the page pool.
 
-    `num_pages` counts usable pages; one more is added for page 0. Without a size the pool takes what
-    `gpu_memory_utilization` of the device leaves after weights, activations and sampler state; on a CPU
-    (no limit known) 768 MiB, and never more than max_num_seqs requests of max_model_len can use.
+    `num_pages` counts usable pages; one more is added for page 0. Without a size the pool takes
+    what `gpu_memory_utilization` of the device leaves after weights, activations and sampler
+    state; on a CPU (no limit known) 768 MiB, and never more than max_num_seqs requests of
+    max_model_len can use.
 
     Raises:
-        CapacityError: the model alone does not fit, or not one request of the given max_model_len does.
+        CapacityError: the model alone does not fit, or not one request of the given max_model_len
+        does.
     """
     config = model.config
     itemsize = jnp.dtype(model.dtype).itemsize
@@ -167,8 +172,9 @@ def make_plan(
     fits = min(wanted_len, usable * page_size)
     if max_model_len is not None and fits < max_model_len:
         raise CapacityError(
-            f"max_model_len={max_model_len} needs {pages_per_request} pages of {page_size} tokens but "
-            f"the pool has {usable}; lower max_model_len to {fits} or give the pages more memory",
+            f"max_model_len={max_model_len} needs {pages_per_request} pages of {page_size} tokens "
+            f"but the pool has {usable}; lower max_model_len to {fits} or give "
+            f"the pages more memory",
             need=pages_per_request,
             have=usable,
         )

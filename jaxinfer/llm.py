@@ -35,12 +35,14 @@ class LLM:
         model: a safetensors directory, a GGUF file, a Hugging Face hub id, or None for the embedded
             SmolLM2-135M-Instruct.
         tokenizer: directory or hub id; None for the model's own.
-        **options: the fields of EngineConfig, with vLLM's names: dtype, max_model_len, max_num_seqs,
+        **options: the fields of EngineConfig, with vLLM's names: dtype, max_model_len,
+        max_num_seqs,
             max_num_batched_tokens, page_size, num_pages, kv_cache_memory_bytes,
             gpu_memory_utilization, enable_prefix_caching, scheduling_policy, seed, strict, ...
 
     Raises:
-        ConfigError, ModelFormatError, TokenizerError, CapacityError: ValueErrors that say what to do.
+        ConfigError, ModelFormatError, TokenizerError, CapacityError: ValueErrors that say what to
+        do.
 
     `llm.config` is the effective configuration, `llm.memory_plan` where the memory goes. Not
     thread-safe.
@@ -83,7 +85,8 @@ class LLM:
             priority: lower is served first under scheduling_policy="priority".
 
         Raises:
-            InvalidRequestError: the one prompt cannot be served. In a list, a bad prompt fails alone:
+            InvalidRequestError: the one prompt cannot be served. In a list, a bad prompt fails
+            alone:
                 its RequestOutput has `error` set and finish_reason "error".
         """
         return self._generate(prompts, sampling_params, use_tqdm, priority, special=True)
@@ -106,12 +109,13 @@ class LLM:
         The model's chat template makes the prompt; the pages of earlier turns are reused.
 
         Raises:
-            InvalidRequestError: as `generate`; or the messages are malformed, or there is no template.
+            InvalidRequestError: as `generate`; or the messages are malformed, or there is no
+            template.
         """
         if not isinstance(messages, (list, tuple)) or not messages:
             raise InvalidRequestError(
-                "messages must be a non-empty list of {'role', 'content'} dictionaries, or of lists "
-                "of them",
+                "messages must be a non-empty list of {'role', 'content'} dictionaries, or of "
+                "lists of them",
                 param="messages",
             )
         single = not isinstance(messages[0], (list, tuple))
@@ -139,7 +143,8 @@ class LLM:
     def chat_prompt(
         self, messages: list, *, cache_salt: str | None = None, **template_options: Any
     ) -> dict:
-        """The prompt dictionary that `chat` generates from: text and token ids of a conversation."""
+        """The prompt dictionary that `chat` generates from: text and token ids of a
+        conversation."""
         tokenizer = self.get_tokenizer()
         text = tokenizer.apply_chat_template(messages, **template_options)
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -155,8 +160,8 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Yield what is new (text, token ids) of each prompt as it is made.
 
-        `request_id` tells the prompts of a list apart: the position in the list as a string, prefixed
-        with "stream-<n>-". Closing the iterator aborts what is not finished.
+        `request_id` tells the prompts of a list apart: the position in the list as a string,
+        prefixed with "stream-<n>-". Closing the iterator aborts what is not finished.
         """
         prompts, _ = split_prompts(prompts)
         params = per_prompt(sampling_params, len(prompts), "sampling_params")
@@ -170,14 +175,14 @@ class LLM:
         live: set[str] = set()
         try:
             for i, prompt in enumerate(prompts):
-                request = self.engine.add(
+                live.add(f"{prefix}{i}")
+                self.engine.add(
                     prompt,
                     params[i],
                     request_id=f"{prefix}{i}",
                     priority=priorities[i],
                     kind=RequestOutputKind.DELTA,
                 )
-                live.add(request.request_id)
             while live:
                 for output in self._step(live):
                     if output.finished:
@@ -262,10 +267,11 @@ class LLM:
                 while next_prompt < len(prompts) and self._has_room(params[next_prompt]):
                     i = next_prompt
                     next_prompt += 1
-                    added = self._try_add(prompts[i], params[i], priorities[i], special, single)
-                    if isinstance(added, Request):
-                        live[added.request_id] = i
-                    else:
+                    with deferred_interrupt():
+                        added = self._try_add(prompts[i], params[i], priorities[i], special, single)
+                        if isinstance(added, Request):
+                            live[added.request_id] = i
+                    if isinstance(added, RequestOutput):
                         results[i] = added
                         bar.update()
                 if not live:
@@ -321,14 +327,16 @@ class LLM:
         """Compute a prompt's pages now, so that later prompts which begin with it start from there.
 
         Args:
-            prompt: as in `generate`; its whole pages are kept, the tokens of the last, partly filled
+            prompt: as in `generate`; its whole pages are kept, the tokens of the last, partly
+            filled
                 page are not.
             ttl: seconds after their last use at which the pages expire; None: never.
             pin: keep the pages whatever else wants memory, until `unpin_prompt`, their ttl, or
                 `reset_prefix_cache`. Without it they go, least recently used first, as all others.
 
         Returns:
-            RequestOutput with num_cached_tokens (already there) and num_cache_creation_tokens (new).
+            RequestOutput with num_cached_tokens (already there) and num_cache_creation_tokens
+            (new).
 
         Raises:
             InvalidRequestError: prefix caching is off, or the prompt or ttl is not valid.
@@ -360,14 +368,16 @@ class LLM:
         return output
 
     def unpin_prompt(self, prompt: Any) -> None:
-        """Let the pages of a pinned prompt be evicted again; a prompt that is not cached is ignored."""
+        """Let the pages of a pinned prompt be evicted again; a prompt that is not cached is
+        ignored."""
         request = self.engine.intake.request(
             prompt, SamplingParams(max_tokens=1), request_id=self._new_id(), cache_only=True
         )
         self.engine.scheduler.unpin(request.prompt_token_ids, request.cache_salt)
 
     def reset_prefix_cache(self) -> bool:
-        """Forget every cached prefix, pinned ones too. Requests that run keep the pages they use."""
+        """Forget every cached prefix, pinned ones too. Requests that run keep the pages they
+        use."""
         self.engine.check_alive()
         self.engine.scheduler.reset_prefix_cache()
         return True
@@ -399,7 +409,8 @@ class LLM:
 
     @property
     def params(self) -> dict:
-        """The model's weights, for `jaxinfer.generate` and the like; they live while the engine does."""
+        """The model's weights, for `jaxinfer.generate` and the like; they live while the engine
+        does."""
         return self.engine.runner.params
 
     def get_tokenizer(self) -> Tokenizer:

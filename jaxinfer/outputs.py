@@ -19,7 +19,8 @@ from jaxinfer.tokenizer import Tokenizer
 
 
 class LogprobReader:
-    """Brings the log-prob arrays of one step to the host, each at most once and only if asked for."""
+    """Brings the log-prob arrays of one step to the host, each at most once and only if asked
+    for."""
 
     def __init__(self, result: StepResult, tokenizer: Tokenizer | None):
         self._result = result
@@ -65,7 +66,8 @@ class LogprobReader:
 
 @dataclass(slots=True)
 class SampleState:
-    """One sample's output so far. `num_sent` tokens, and the end, were already in a DELTA output."""
+    """One sample's output so far. `num_sent` tokens, and the end, were already in a DELTA
+    output."""
 
     sequence: Sequence
     detokenizer: Detokenizer | None
@@ -128,7 +130,7 @@ class RequestState:
         ]
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         if params.prompt_logprobs is not None:
-            self.prompt_logprobs = [None] * len(request.prompt_token_ids)
+            self.prompt_logprobs = [None for _ in request.prompt_token_ids]
         self.sent_prompt = False
 
     def add_prompt_logprobs(self, row: Row, offset: int, reader: LogprobReader) -> None:

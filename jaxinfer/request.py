@@ -1,7 +1,7 @@
 """The host nouns: SamplingParams, Request, Sequence, StepPlan, Output. Standard library only.
 
-A Request is what a user asked for; its `n` samples are Sequences, the unit that the scheduler moves.
-A StepPlan says which tokens of which sequences the next device step computes.
+A Request is what a user asked for; its `n` samples are Sequences, the unit that the scheduler
+moves. A StepPlan says which tokens of which sequences the next device step computes.
 """
 
 import copy
@@ -70,7 +70,8 @@ def _invalid(name: str, value: object, allowed: str) -> InvalidRequestError:
 
 
 def check_int(name: str, value: object, low: int, high: int | None, note: str = "") -> int:
-    """`value` as an int in [low, high]; bool and float are refused even where they compare equal."""
+    """`value` as an int in [low, high]; bool and float are refused even where they compare
+    equal."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise _invalid(name, value, f"an integer{note}")
     if value < low or (high is not None and value > high):
@@ -282,8 +283,8 @@ class RequestMetrics:
 class CompletionOutput:
     """One sample of a request, with vLLM's fields.
 
-    `finish_reason` is "stop", "length", "abort", "error" or None while running; `stop_reason` the stop
-    token id or stop string that ended it, None for end-of-sequence.
+    `finish_reason` is "stop", "length", "abort", "error" or None while running; `stop_reason` the
+    stop token id or stop string that ended it, None for end-of-sequence.
     """
 
     index: int
@@ -302,9 +303,9 @@ class CompletionOutput:
 class RequestOutput:
     """What `generate`, `chat` and `stream` return, with vLLM's fields.
 
-    `num_cached_tokens`: prompt tokens read from the prefix cache. `num_cache_creation_tokens`: tokens
-    (prompt and output, whole pages) that this request added to it. `error`: why the request failed,
-    None where it did not; then every output's finish_reason is "error".
+    `num_cached_tokens`: prompt tokens read from the prefix cache. `num_cache_creation_tokens`:
+    tokens (prompt and output, whole pages) that this request added to it. `error`: why the request
+    failed, None where it did not; then every output's finish_reason is "error".
     """
 
     request_id: str
@@ -325,11 +326,13 @@ Output = RequestOutput
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One prompt to serve. `stop_ids` are the ids that end it (stop_token_ids, and EOS unless ignored).
+    """One prompt to serve. `stop_ids` are the ids that end it (stop_token_ids, and EOS unless
+    ignored).
 
-    `bad_token_ids` are `bad_words` tokenised. `max_tokens` is resolved: an int that fits the context.
-    `arrival` counts requests of an engine; FCFS and all ties go by it. `cache_only` prefills and stops
-    (`llm.cache_prompt`). `bias_key` is a digest of what its bias row holds, b"" where it has none.
+    `bad_token_ids` are `bad_words` tokenised. `max_tokens` is resolved: an int that fits the
+    context. `arrival` counts requests of an engine; FCFS and all ties go by it. `cache_only`
+    prefills and stops (`llm.cache_prompt`). `bias_key` is a digest of what its bias row
+    holds, b"" where it has none.
     """
 
     request_id: str
@@ -371,8 +374,9 @@ class Sequence:
 
     `tokens` are the prompt, then what was generated and is known on the host; `num_in_flight` more
     (one per uncommitted plan that samples it) are still on the device. K/V of tokens
-    [0, num_computed) are in `pages`, or are being written by a step in flight; the rest are pending.
-    [0, num_committed) are known to be written and finite: only those enter the prefix cache.
+    [0, num_computed) are in `pages`, or are being written by a step in flight; the rest are
+    pending. [0, num_committed) are known to be written and finite: only those enter the prefix
+    cache.
     """
 
     request: Request
@@ -414,10 +418,10 @@ class Sequence:
 class Row:
     """One sequence's share of a step: tokens [start, start + num_new) get K/V.
 
-    `samples`: the last of them is the sequence's last, so a token is drawn. `num_new` is 0 for a sample
-    of `n > 1` that draws its first token from the logits of its leader's row (`logits_row`).
-    `fed_from`: the row of the step before whose sampled token is this row's last token, which the host
-    does not know yet; None when it does. `pages` and `generated` are as of this step.
+    `samples`: the last of them is the sequence's last, so a token is drawn. `num_new` is 0 for a
+    sample of `n > 1` that draws its first token from the logits of its leader's row (`logits_row`).
+    `fed_from`: the row of the step before whose sampled token is this row's last token, which the
+    host does not know yet; None when it does. `pages` and `generated` are as of this step.
     """
 
     sequence: Sequence

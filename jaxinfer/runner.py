@@ -35,10 +35,10 @@ class CompileCounter:
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
         jax.monitoring.register_event_listener(self._on_event)
 
-    def _on_duration(self, event: str, seconds: float, **_: object) -> None:
+    def _on_duration(self, event: str, duration_secs: float, **_: object) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             self.compiles += 1
-            self.seconds += seconds
+            self.seconds += duration_secs
 
     def _on_event(self, event: str, **_: object) -> None:
         if event == "/jax/compilation_cache/cache_hits":
@@ -176,8 +176,9 @@ class Runner:
     def _check_strict(self, what: str) -> None:
         if self.strict and self.compiles_after_warmup:
             raise RecompileError(
-                f"strict=True: {self.compiles_after_warmup} program(s) were compiled after warm-up, "
-                f"seen before {what}; run with jax_log_compiles to see which, or pass strict=False"
+                f"strict=True: {self.compiles_after_warmup} program(s) were compiled after "
+                f"warm-up, seen before {what}; run with jax_log_compiles to see "
+                f"which, or pass strict=False"
             )
 
     def run(

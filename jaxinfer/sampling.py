@@ -1,9 +1,11 @@
-"""The sampler: raw logits in, one token per row out. Pure, per-row, the same code wherever it is used.
+"""The sampler: raw logits in, one token per row out. Pure, per-row, the same code wherever it is
+used.
 
-Order: penalties, bias and bans, temperature, top-k, top-p, min-p, draw. Work that no row of the batch
-needs is skipped at run time by lax.cond, so one compiled program serves every mix of requests.
-Thresholds are found by bisection over the values' bits instead of a sort: 32 passes of counting, exact,
-and ties at a threshold are all kept, so the result does not depend on a sort's order.
+Order: penalties, bias and bans, temperature, top-k, top-p, min-p, draw. Work that no row of the
+batch needs is skipped at run time by lax.cond, so one compiled program serves every mix of
+requests. Thresholds are found by bisection over the values' bits instead of a sort: 32 passes of
+counting, exact, and ties at a threshold are all kept, so the result does not depend on a sort's
+order.
 """
 
 from collections.abc import Callable
@@ -34,7 +36,8 @@ def process_logits(
 
     Args:
         logits: raw logits, float32.
-        history: gives each row's tokens by position (prompt, then output), anything past its length;
+        history: gives each row's tokens by position (prompt, then output), anything past its
+        length;
             called only where a row has a penalty.
         bias_table: rows to add (logit_bias, and -inf for what is banned); row 0 is all zeros.
         valid_vocab: ids from here on (padding rows of the embedding) are banned.
@@ -60,7 +63,8 @@ def process_logits(
 def _apply_penalties(
     logits: Float[Array, "S V"], params: SampleParams, history: Int32[Array, "S C"]
 ) -> Float[Array, "S V"]:
-    """Repetition (Keskar et al. 2019) over prompt and output; presence and frequency over output."""
+    """Repetition (Keskar et al. 2019) over prompt and output; presence and frequency over
+    output."""
     rows, width = history.shape
     vocab = logits.shape[1]
     where = jnp.arange(width)[None]
@@ -90,7 +94,8 @@ def _apply_penalties(
 def filtered_logits(logits: Float[Array, "S V"], params: SampleParams) -> Float[Array, "S V"]:
     """Logits / temperature, with -inf where top-k, top-p or min-p removes a token.
 
-    softmax of the result is the distribution that a random row draws from. Greedy rows pass unchanged.
+    softmax of the result is the distribution that a random row draws from. Greedy rows pass
+    unchanged.
     """
     random = params.temperature > 0
     with jax.named_scope("temperature"):
@@ -149,7 +154,8 @@ def _sortable(x: Float[Array, "S V"]) -> UInt32[Array, "S V"]:
 def _largest_threshold(
     enough: Callable[[UInt32[Array, " S"]], Bool[Array, " S"]], rows: int
 ) -> UInt32[Array, " S"]:
-    """Per row, the largest 32-bit threshold for which `enough` (monotone, true at 0) still holds."""
+    """Per row, the largest 32-bit threshold for which `enough` (monotone, true at 0) still
+    holds."""
 
     def bit(i, threshold):
         candidate = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
@@ -159,7 +165,8 @@ def _largest_threshold(
 
 
 def row_keys(params: SampleParams) -> Array:
-    """[S] typed PRNG keys from (64-bit seed, sample index, position): nothing else changes a draw."""
+    """[S] typed PRNG keys from (64-bit seed, sample index, position): nothing else changes a
+    draw."""
 
     def key(low, high, index, position):
         base = jax.random.key(low.astype(jnp.uint32), impl="threefry2x32")
@@ -219,7 +226,8 @@ def sample(
 def log_probs(
     logits: Float[Array, "R V"], chosen: Int32[Array, " R"], num_top: int
 ) -> tuple[Float[Array, " R"], Int32[Array, " R"], Int32[Array, "R K"], Float[Array, "R K"]]:
-    """Log-softmax of raw logits at `chosen` and its 1-based rank; ids and log-probs of the best K."""
+    """Log-softmax of raw logits at `chosen` and its 1-based rank; ids and log-probs of the best
+    K."""
     normalizer = jax.nn.logsumexp(logits, axis=1)
     picked = jnp.take_along_axis(logits, jnp.maximum(chosen, 0)[:, None], axis=1, mode="clip")
     rank = 1 + jnp.sum(logits > picked, axis=1, dtype=jnp.int32)

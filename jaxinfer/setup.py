@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from jaxinfer import kv_cache, models, weights
 from jaxinfer import tokenizer as tokenizers
-from jaxinfer.batch import Builder, Buckets
+from jaxinfer.batch import Buckets, Builder
 from jaxinfer.bias import BiasRows
 from jaxinfer.config import EngineConfig, ModelConfig, SchedulerConfig
 from jaxinfer.engine import Engine
@@ -55,8 +55,8 @@ def assemble(config: EngineConfig) -> Parts:
     """Build an engine.
 
     Raises:
-        ConfigError, ModelFormatError, TokenizerError, CapacityError: all ValueErrors, each naming the
-        file or option, the value, and what to do.
+        ConfigError, ModelFormatError, TokenizerError, CapacityError: all ValueErrors, each naming
+        the file or option, the value, and what to do.
     """
     verbose = is_verbose(config)
     use_compile_cache(config.compilation_cache_dir)
@@ -130,8 +130,9 @@ def _decide(
     limit = model_config.max_position
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ConfigError(
-            f"max_model_len={config.max_model_len} exceeds the model's {limit} positions; lower it, or "
-            f"override max_position_embeddings through hf_overrides if you know the model can",
+            f"max_model_len={config.max_model_len} exceeds the model's {limit} "
+            f"positions; lower it, "
+            f"or override max_position_embeddings through hf_overrides if you know the model can",
             field="max_model_len",
         )
     tokens = config.max_num_batched_tokens or max(tokens, config.max_num_seqs or 0)
@@ -172,7 +173,8 @@ def _params(config: EngineConfig, source: weights.ModelSource, model: Model, ver
         return model.init_params(jax.random.key(config.seed & 0xFFFFFFFF))
 
     def put(array: np.ndarray, path: str) -> jax.Array:
-        # A copy of our own: the file's pages must not be the array's memory once the file is closed.
+        # A copy of our own: the file's pages must not be the array's memory once the file is
+        # closed.
         return jnp.array(array, copy=True)
 
     return weights.load(source, model, put, progress=verbose)

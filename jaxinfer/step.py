@@ -11,7 +11,8 @@ from jaxinfer.models import Model
 from pallas_kernels.dispatch import Ops
 
 _PROMPT_CHUNK = 16
-"""Rows of [., V] logits held at once for prompt log-probs: the vocabulary never meets all T tokens."""
+"""Rows of [., V] logits held at once for prompt log-probs: the vocabulary never meets all T
+tokens."""
 
 
 def step(

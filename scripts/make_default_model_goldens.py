@@ -1,8 +1,9 @@
-"""Writes tests/goldens/default_model.json: the embedded model's greedy tokens, by transformers on torch.
+"""Writes tests/goldens/default_model.json: the embedded model's greedy tokens, by transformers on
+torch.
 
 Run from the repository root with torch, transformers and accelerate installed:
-`python -m scripts.make_default_model_goldens`. 16 prompts of 5 to 600 tokens, 64 new tokens each, with the
-logit margin between transformers' best and second best token at every position.
+`python -m scripts.make_default_model_goldens`. 16 prompts of 5 to 600 tokens, 64 new tokens each,
+with the logit margin between transformers' best and second best token at every position.
 """
 
 import json
@@ -21,10 +22,10 @@ TEXTS = (
     "The capital of France is the city of light, and the capital of Italy is",
     "<|im_start|>user\nWhat is 17 * 23? Think step by step.<|im_end|>\n<|im_start|>assistant\n",
     "def fibonacci(n: int) -> int:\n    '''Return the n-th Fibonacci number.'''\n    if n < 2:\n",
-    "Once upon a time, in a village by the sea, there lived an old fisherman who had three wishes. ",
-    "In 1969 two astronauts, 384,400 km from home, walked on the Moon: Neil Armstrong and Buzz Aldrin. ",
+    "Once upon a time, in a village by the sea, there lived a fisherman who had three wishes. ",
+    "In 1969 two astronauts, 384,400 km from home, walked on the Moon: Armstrong and Aldrin. ",
     "Ünïcödé, 日本語, emoji 🙂🚀 and tabs\t\tare tokens too; so are     spaces and 3.14159. ",
-    "The licence says: you may reproduce and distribute copies of the work, with or without changes. ",
+    "The licence says: you may reproduce and distribute copies of the work with or without change. ",
     "Water boils at 100 degrees Celsius at sea level, but on a mountain it boils at a lower one. ",
 )
 

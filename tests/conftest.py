@@ -13,7 +13,8 @@ CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
 CACHE.mkdir(parents=True, exist_ok=True, mode=0o700)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# Many tests build engines of equal shapes: most of the suite's time would go to compiling them again.
+# Many tests build engines of equal shapes: most of the suite's time would go to compiling them
+# again.
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,4 +1,5 @@
-"""A tiny model on disk, complete with tokenizer and chat template, so that tests use LLM as users do."""
+"""A tiny model on disk, complete with tokenizer and chat template, so that tests use LLM as users
+do."""
 
 import json
 from pathlib import Path

@@ -186,7 +186,8 @@ def test_no_code_from_data():
 
 
 def test_no_assert_guards_input():
-    """`assert` vanishes under python -O; only check_invariants(), which finds our own faults, has it."""
+    """`assert` vanishes under python -O; only check_invariants(), which finds our own faults, has
+    it."""
     found = []
     for folder in ("jaxinfer", "pallas_kernels"):
         for path in (ROOT / folder).rglob("*.py"):

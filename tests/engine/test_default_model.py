@@ -1,8 +1,9 @@
-"""The embedded SmolLM2-135M-Instruct: greedy tokens equal transformers' (torch, float32, same GGUF).
+"""The embedded SmolLM2-135M-Instruct: greedy tokens equal transformers' (torch, float32, same
+GGUF).
 
-With torch installed transformers itself judges: one forward pass over prompt and output, whose argmax
-must be our token at every position, which is greedy decoding by induction. Without torch the stored
-tokens serve (scripts/make_goldens.py writes them).
+With torch installed transformers itself judges: one forward pass over prompt and output, whose
+argmax must be our token at every position, which is greedy decoding by induction. Without torch
+the stored tokens serve (scripts/make_goldens.py writes them).
 """
 
 import importlib.util

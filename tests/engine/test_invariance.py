@@ -1,8 +1,9 @@
 """The same tokens whatever shares the batch and however it is cut, cached, preempted or overlapped.
 
-Greedy and seeded. XLA picks other loops for other shapes, so float32 sums round differently; where a
-token differs from the reference's, the test computes both tokens' scores (logits, and the noise of a
-seeded draw) and demands that they are closer than 1e-4: a tie that rounding may break either way.
+Greedy and seeded. XLA picks other loops for other shapes, so float32 sums round differently; where
+a token differs from the reference's, the test computes both tokens' scores (logits, and the noise
+of a seeded draw) and demands that they are closer than 1e-4: a tie that rounding may break either
+way.
 """
 
 import dataclasses

@@ -1,4 +1,5 @@
-"""The prompt cache through LLM: what is read and written, salts, pins, times to live, conversations."""
+"""The prompt cache through LLM: what is read and written, salts, pins, times to live,
+conversations."""
 
 import numpy as np
 import pytest
@@ -182,7 +183,8 @@ def test_reset_while_requests_run(llm, uncached):
     assert run(llm, prompt).num_cached_tokens == 0
 
 
-# -- cache_prompt -------------------------------------------------------------------------------------
+# -- cache_prompt
+# -------------------------------------------------------------------------------------
 
 
 def test_cache_prompt_fills_the_cache(llm, uncached):
@@ -292,7 +294,8 @@ def test_caching_off(uncached):
 
 
 def test_random_use_gives_the_uncached_tokens(llm, uncached):
-    """Prompts that share beginnings by chance, with evictions, against the engine without a cache."""
+    """Prompts that share beginnings by chance, with evictions, against the engine without a
+    cache."""
     rng = np.random.default_rng(22)
     stems = [ids(30 + i, 60) for i in range(3)]
     prompts = [
