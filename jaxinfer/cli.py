@@ -5,6 +5,7 @@ Exit status: 0 done, 1 some prompts failed, 2 bad arguments or files, 3 the engi
 """
 
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -16,9 +17,15 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.errors import EngineDeadError, InvalidRequestError, JaxInferError
+from jaxinfer.errors import (
+    CapacityError,
+    EngineDeadError,
+    InvalidRequestError,
+    JaxInferError,
+    NumericalError,
+)
 from jaxinfer.llm import LLM
-from jaxinfer.request import RequestOutput, SamplingParams
+from jaxinfer.request import RequestOutput, SamplingParams, reject_unknown
 
 MAX_LINE_BYTES = 2_000_000
 """Longest line of a prompt file."""
@@ -39,8 +46,6 @@ class Sampling:
     """Keep this many most likely tokens; 0: off."""
     min_p: float = 0.0
     """Drop tokens less likely than this share of the most likely one; 0: off."""
-    seed: int | None = None
-    """Makes random draws repeatable."""
     n: int = 1
     """Samples per prompt; needs a temperature."""
     presence_penalty: float = 0.0
@@ -49,10 +54,10 @@ class Sampling:
     """Subtracted once for each time a token was generated, -2 to 2."""
     repetition_penalty: float = 1.0
     """Divides the logits of tokens seen in prompt or output, 0 to 2; 1: off."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the output."""
-    stop_token_ids: tuple[int, ...] = ()
-    """Token ids that end the output."""
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text that ends the output; may be given several times."""
+    stop_token_ids: tyro.conf.UseAppendAction[tuple[int, ...]] = ()
+    """Token id that ends the output; may be given several times."""
     min_tokens: int = 0
     """Fewest tokens before the output may end."""
     ignore_eos: bool = False
@@ -61,8 +66,8 @@ class Sampling:
     """Log-probs of this many tokens at each position (JSON output)."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens."""
-    bad_words: tuple[str, ...] = ()
-    """Texts that must not be generated."""
+    bad_words: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text that must not be generated; may be given several times."""
 
     def params(self) -> SamplingParams:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -82,7 +87,9 @@ class Generate:
         jaxinfer generate --input prompts.txt --output-format jsonl > answers.jsonl
     """
 
-    prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    prompts: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[PROMPT ...]")
+    ] = ()
     """Prompts; none: --input, or standard input."""
     input: Path | None = None
     """File with one prompt a line; with the ending .jsonl one JSON string or {"prompt": ...} a
@@ -111,14 +118,38 @@ Command = (
 )
 
 
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+"""How flags are read whose types tyro would turn into something else than a flag."""
+
+
+@_REGISTRY.primitive_rule
+def _json_object(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[dict] | None:
+    """A dictionary (hf_overrides) is one JSON object."""
+    if info.type != dict[str, Any] | None:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=lambda args: json.loads(args[0]),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps(value)],
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What an old terminal or a broken prompt cannot show is escaped, instead of a traceback.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command = tyro.cli(
             Command,  # pyright: ignore[reportArgumentType]
             prog="jaxinfer",
             description="LLM inference on JAX: TPU, GPU and CPU. See `jaxinfer COMMAND --help`.",
             args=argv,
+            registry=_REGISTRY,
         )
     except JaxInferError as error:  # an option's value that its dataclass refuses
         return _complain(error, 2)
@@ -127,6 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except NumericalError as error:
+        return _complain(error, 1)
     except EngineDeadError as error:
         return _complain(error, 3)
     except BrokenPipeError:
@@ -190,21 +223,26 @@ def _read_prompts(command: Generate) -> list[str]:
         _read_line(source, n, line, is_json) for n, line in enumerate(lines, 1) if line.strip()
     ]
     if not prompts:
-        raise InvalidRequestError(f"{source} has no prompts; give one a line")
+        raise InvalidRequestError(f"{_name(source)} has no prompts; give one a line")
     return prompts
 
 
+def _name(source: Path) -> str:
+    return "standard input" if str(source) == "-" else str(source)
+
+
 def _read_line(source: Path, number: int, line: bytes, is_json: bool) -> str:
-    where = f"{source}, line {number}"
+    where = f"{_name(source)}, line {number}"
     if len(line) > MAX_LINE_BYTES:
         raise InvalidRequestError(f"{where}: {len(line)} bytes; at most {MAX_LINE_BYTES}")
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         value = json.loads(text) if is_json else text
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        kind = "JSON" if isinstance(error, json.JSONDecodeError) else "UTF-8"
+    except (ValueError, RecursionError) as error:
+        kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
         raise InvalidRequestError(f"{where}: not {kind} ({error})") from None
     if isinstance(value, dict):
+        reject_unknown(where, value, ("prompt",))
         value = value.get("prompt")
     if not isinstance(value, str):
         raise InvalidRequestError(f"{where}: needs a string, or an object with a 'prompt' string")
@@ -271,13 +309,14 @@ def _chat(command: Chat) -> int:
     start = [] if command.system is None else [{"role": "system", "content": command.system}]
     messages: list[dict[str, str]] = list(start)
     interactive = sys.stdin.isatty()
+    failed = False
     with _open(command.engine) as llm:
         if interactive:
             print(_CHAT_HELP, file=sys.stderr)
         while True:
             line = _ask(interactive)
             if line is None or line.strip() == "/exit":
-                return 0
+                return 1 if failed and not interactive else 0
             if line.strip() == "/reset":
                 messages = list(start)
                 continue
@@ -289,7 +328,8 @@ def _chat(command: Chat) -> int:
             messages.append({"role": "user", "content": line})
             try:
                 answer = _answer(llm, messages, params)
-            except InvalidRequestError as error:
+            except (InvalidRequestError, CapacityError, NumericalError) as error:
+                failed = True
                 messages.pop()
                 print(f"error: {error}\n/reset starts again", file=sys.stderr)
                 continue
@@ -302,6 +342,8 @@ def _ask(interactive: bool) -> str | None:
         return input("> " if interactive else "")
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"standard input: not UTF-8 ({error})") from None
 
 
 def _answer(llm: LLM, messages: list, params: SamplingParams) -> str:

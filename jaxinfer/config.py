@@ -253,6 +253,10 @@ class EngineConfig:
                 raise ConfigError(
                     f"{name} must be True or False; got {getattr(self, name)!r}", field=name
                 )
+        if self.verbose is not None and not isinstance(self.verbose, bool):
+            raise ConfigError(
+                f"verbose must be True, False or None; got {self.verbose!r}", field="verbose"
+            )
         if self.tensor_parallel_size != 1:
             raise ConfigError(
                 f"tensor_parallel_size={self.tensor_parallel_size}: several devices are not "

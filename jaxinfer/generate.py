@@ -84,7 +84,7 @@ def generate(
     """
     choose = SamplingParams(temperature=0.0) if sampling is None else sampling
     rows, width = _check(model, tokens, lengths, max_new_tokens, choose, key)
-    eos = () if eos_id is None else (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
+    eos = _eos_ids(eos_id, model.config.vocab_size)
     pages_per_row = -(-(width + max_new_tokens) // _PAGE_SIZE)
     pages = kv_cache.allocate(model, rows * pages_per_row + 1, _PAGE_SIZE)
     table = 1 + jnp.arange(rows * pages_per_row, dtype=jnp.int32).reshape(rows, pages_per_row)
@@ -121,9 +121,10 @@ def _check(model: Model, tokens, lengths, max_new_tokens, choose: SamplingParams
             param="tokens",
         )
     rows, width = tokens.shape
-    if lengths.shape != (rows,):
+    if lengths.shape != (rows,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise InvalidRequestError(
-            f"lengths must be [B] = [{rows}]; got {list(lengths.shape)}", param="lengths"
+            f"lengths must be [B] = [{rows}], integers; got {lengths.dtype}{list(lengths.shape)}",
+            param="lengths",
         )
     check_int("max_new_tokens", max_new_tokens, 1, None)
     if width < 1 or width + max_new_tokens > model.config.max_position:
@@ -131,6 +132,11 @@ def _check(model: Model, tokens, lengths, max_new_tokens, choose: SamplingParams
             f"{width} prompt tokens + max_new_tokens={max_new_tokens} must be in "
             f"2..{model.config.max_position}, the model's positions",
             param="max_new_tokens",
+        )
+    if not isinstance(choose, SamplingParams):
+        raise InvalidRequestError(
+            f"sampling must be SamplingParams or None; got {type(choose).__name__}",
+            param="sampling",
         )
     if key is None and not choose.is_greedy:
         raise InvalidRequestError(
@@ -148,6 +154,14 @@ def _check(model: Model, tokens, lengths, max_new_tokens, choose: SamplingParams
         for token in getattr(choose, name) or ():
             check_int(f"{name} id", token, 0, model.config.vocab_size - 1)
     return rows, width
+
+
+def _eos_ids(eos_id: object, vocab_size: int) -> tuple[int, ...]:
+    """The ids that end a row: none, one, or several."""
+    if eos_id is None:
+        return ()
+    ids = eos_id if isinstance(eos_id, (list, tuple)) else (eos_id,)
+    return tuple(check_int("eos_id", token, 0, vocab_size - 1) for token in ids)
 
 
 def _prefill(model: Model, params, layers, table, tokens, lengths):

@@ -5,7 +5,9 @@ Everything that reaches the device is checked here, because JAX clamps a bad ind
 raising.
 """
 
+import dataclasses
 import hashlib
+import numbers
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,7 +40,7 @@ def split_prompts(prompts: Any) -> tuple[list[Any], bool]:
         )
     if not prompts:
         raise InvalidRequestError("prompts is an empty list; give at least one", param="prompts")
-    if any(isinstance(p, (int, float)) for p in prompts):
+    if isinstance(prompts[0], numbers.Number):
         return [list(prompts)], True
     return list(prompts), False
 
@@ -102,6 +104,8 @@ class Intake:
                 f"sampling_params must be SamplingParams; got {type(params).__name__}",
                 param="sampling_params",
             )
+        # A copy, checked anew: the caller's object may have changed since it was made, and may yet.
+        params = dataclasses.replace(params)
         check_int("priority", priority, -(2**31), 2**31 - 1)
         text, ids, salt = self._read(prompt, add_special_tokens)
         max_tokens = 0 if cache_only else self._max_tokens(len(ids), params)

@@ -370,6 +370,7 @@ class LLM:
     def unpin_prompt(self, prompt: Any) -> None:
         """Let the pages of a pinned prompt be evicted again; a prompt that is not cached is
         ignored."""
+        self.engine.check_alive()
         request = self.engine.intake.request(
             prompt, SamplingParams(max_tokens=1), request_id=self._new_id(), cache_only=True
         )

@@ -67,7 +67,7 @@ def assemble(config: EngineConfig) -> Parts:
         revision=config.revision,
         weights=config.load_format != "dummy",
     ) as source:
-        ops = dispatch.resolve(config.attention_impl, platform=platform)
+        ops = _ops(config.attention_impl, platform)
         model_config = source.config
         dtype = _dtype(config, model_config, platform)
         model = models.build(model_config, ops, dtype)
@@ -88,6 +88,13 @@ def assemble(config: EngineConfig) -> Parts:
         names = ", ".join(str(b) for b in engine.runner.buckets)
         _say(f"buckets: {names}\n{describe(config)}")
     return Parts(config, model, engine, tokenizer, plan)
+
+
+def _ops(name: str, platform: str) -> dispatch.Ops:
+    try:
+        return dispatch.resolve(name, platform=platform)
+    except ValueError as error:
+        raise ConfigError(f"attention_impl: {error}", field="attention_impl") from None
 
 
 def _say(text: str) -> None:

@@ -85,7 +85,7 @@ def test_second_call_reads_whole_pages_but_never_the_whole_prompt(llm, uncached,
 @pytest.mark.parametrize("same", [0, 1, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE])
 def test_prompts_that_share_a_beginning(llm, uncached, same):
     one, other = ids(1, 40), ids(2, 40)
-    other = one[:same] + [(one[same] + 1) % 256] + other[same + 1 :]
+    other = [*one[:same], (one[same] + 1) % 256, *other[same + 1 :]]
     run(llm, one)
     output = run(llm, other)
     assert output.num_cached_tokens == same // PAGE * PAGE
@@ -183,8 +183,7 @@ def test_reset_while_requests_run(llm, uncached):
     assert run(llm, prompt).num_cached_tokens == 0
 
 
-# -- cache_prompt
-# -------------------------------------------------------------------------------------
+# -- cache_prompt ----------------------------------------------------------------------
 
 
 def test_cache_prompt_fills_the_cache(llm, uncached):
@@ -207,7 +206,7 @@ def test_cache_prompt_fills_the_cache(llm, uncached):
 def test_whole_context_can_be_cached(tiny):
     with tiny_llm(tiny, max_num_seqs=1, max_num_batched_tokens=32, max_model_len=64) as llm:
         assert llm.cache_prompt(ids(11, 64)).num_cache_creation_tokens == 64
-        with pytest.raises(InvalidRequestError, match="65 tokens.*max_model_len"):
+        with pytest.raises(InvalidRequestError, match=r"65 tokens.*max_model_len"):
             llm.cache_prompt(ids(11, 65))
         assert_no_leak(llm)
 
