@@ -161,7 +161,8 @@ class LLM:
         """Yield what is new (text, token ids) of each prompt as it is made.
 
         `request_id` tells the prompts of a list apart: the position in the list as a string,
-        prefixed with "stream-<n>-". Closing the iterator aborts what is not finished.
+        prefixed with "stream-<n>-". Closing the iterator aborts what is not finished. As in
+        `generate`, a bad prompt in a list fails alone, with `error` set; a single one raises.
         """
         prompts, _ = split_prompts(prompts)
         params = per_prompt(sampling_params, len(prompts), "sampling_params")
@@ -175,14 +176,21 @@ class LLM:
         live: set[str] = set()
         try:
             for i, prompt in enumerate(prompts):
-                live.add(f"{prefix}{i}")
-                self.engine.add(
-                    prompt,
-                    params[i],
-                    request_id=f"{prefix}{i}",
-                    priority=priorities[i],
-                    kind=RequestOutputKind.DELTA,
-                )
+                request_id = f"{prefix}{i}"
+                live.add(request_id)
+                try:
+                    self.engine.add(
+                        prompt,
+                        params[i],
+                        request_id=request_id,
+                        priority=priorities[i],
+                        kind=RequestOutputKind.DELTA,
+                    )
+                except ValueError as error:
+                    if len(prompts) == 1:
+                        raise
+                    live.discard(request_id)
+                    yield failed_output(request_id, prompt, error)
             while live:
                 for output in self._step(live):
                     if output.finished:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -182,7 +181,7 @@ def _params(config: EngineConfig, source: weights.ModelSource, model: Model, ver
     def put(array: np.ndarray, path: str) -> jax.Array:
         # A copy of our own: the file's pages must not be the array's memory once the file is
         # closed.
-        return jnp.array(array, copy=True)
+        return jax.device_put(array, may_alias=False)
 
     return weights.load(source, model, put, progress=verbose)
 

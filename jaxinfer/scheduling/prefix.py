@@ -186,7 +186,8 @@ class PrefixCache:
     def _drop(self, node: Node) -> None:
         """Take `node` and all after it out of the cache; pages that nobody references go free."""
         parent = node.parent
-        assert parent is not None, "a root is no page"
+        if parent is None:
+            raise RuntimeError("a root is no page")
         del parent.children[node.tokens]
         if not parent.children:
             if parent.parent is None:
