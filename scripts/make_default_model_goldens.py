@@ -25,7 +25,7 @@ TEXTS = (
     "Once upon a time, in a village by the sea, there lived a fisherman who had three wishes. ",
     "In 1969 two astronauts, 384,400 km from home, walked on the Moon: Armstrong and Aldrin. ",
     "Ünïcödé, 日本語, emoji 🙂🚀 and tabs\t\tare tokens too; so are     spaces and 3.14159. ",
-    "The licence says: you may reproduce and distribute copies of the work with or without change. ",
+    "The licence says: you may reproduce and distribute copies of it with or without edits. ",
     "Water boils at 100 degrees Celsius at sea level, but on a mountain it boils at a lower one. ",
 )
 

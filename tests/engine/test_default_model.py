@@ -63,6 +63,7 @@ def test_greedy_tokens_equal_the_stored_ones(generated, golden):
 def test_greedy_tokens_equal_transformers(generated, golden):
     torch = pytest.importorskip("torch", reason="torch is absent: the stored tokens served")
     transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate", reason="transformers loads GGUF files through accelerate")
     from jaxinfer.weights import open_model
 
     with open_model(None) as source:
