@@ -17,7 +17,7 @@ from jaxinfer.llm import LLM as LLM
 from jaxinfer.request import CompletionOutput as CompletionOutput
 from jaxinfer.request import Logprob as Logprob
 from jaxinfer.request import RequestOutput as RequestOutput
-from jaxinfer.request import RequestOutputKind as RequestOutputKind
-from jaxinfer.request import SamplingParams as SamplingParams
+from jaxinfer.sampling_params import RequestOutputKind as RequestOutputKind
+from jaxinfer.sampling_params import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"

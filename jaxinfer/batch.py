@@ -149,13 +149,15 @@ class Buckets:
     def all(self) -> tuple[Bucket, ...]:
         return self.decode + self.mixed
 
+    def decode_bucket(self, num_rows: int) -> Bucket:
+        """The smallest decode bucket of at least `num_rows` rows."""
+        return next(bucket for bucket in self.decode if num_rows <= bucket.num_rows)
+
     def choose(self, plan: StepPlan) -> Bucket:
         """The cheapest bucket that holds the plan."""
         num_rows, num_tokens = len(plan.rows), plan.num_tokens
         if all(row.num_new == 1 for row in plan.rows):
-            for bucket in self.decode:
-                if num_rows <= bucket.num_rows:
-                    return bucket
+            return self.decode_bucket(num_rows)
         for bucket in self.mixed:
             if num_tokens <= bucket.num_tokens and num_rows <= bucket.num_rows:
                 return bucket

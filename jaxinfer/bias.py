@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from jaxinfer.request import Row, SamplingParams, StepPlan
+from jaxinfer.request import Row, StepPlan
+from jaxinfer.sampling_params import SamplingParams
 
 _Key = tuple[bytes, frozenset[int], tuple[int, ...]]
 _PLAIN: _Key = (b"", frozenset(), ())

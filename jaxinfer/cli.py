@@ -25,7 +25,8 @@ from jaxinfer.errors import (
     NumericalError,
 )
 from jaxinfer.llm import LLM
-from jaxinfer.request import RequestOutput, SamplingParams, reject_unknown
+from jaxinfer.request import RequestOutput
+from jaxinfer.sampling_params import SamplingParams, reject_unknown
 
 MAX_LINE_BYTES = 2_000_000
 """Longest line of a prompt file."""

@@ -22,8 +22,9 @@ from jaxinfer.errors import EngineDeadError, InvalidRequestError, JaxInferError
 from jaxinfer.intake import Intake
 from jaxinfer.metrics import Metrics, StepStats
 from jaxinfer.outputs import LogprobReader, RequestState
-from jaxinfer.request import Request, RequestOutput, RequestOutputKind, StepPlan
+from jaxinfer.request import Request, RequestOutput, StepPlan
 from jaxinfer.runner import Runner
+from jaxinfer.sampling_params import RequestOutputKind
 from jaxinfer.scheduling.scheduler import Scheduler
 from jaxinfer.tokenizer import Tokenizer
 
@@ -143,7 +144,9 @@ class Engine:
         """
         self.check_alive()
         with self._fatal_faults():
-            self._dispatch()
+            self._dispatched = False
+            if not self._would_wait_for_compile():
+                self._dispatch()
             if len(self._in_flight) >= self._depth or (self._in_flight and not self._dispatched):
                 self._collect(self._in_flight.popleft())
             outputs = self._take_outputs()
@@ -164,8 +167,16 @@ class Engine:
                 f"the engine failed in a step: {error}; every request in it is lost, make a new LLM"
             ) from error
 
+    def _would_wait_for_compile(self) -> bool:
+        """A step is in flight and the one that decodes its rows is not compiled: on a cold engine
+        the tokens that are there should not wait for it.
+        """
+        if not self._in_flight:
+            return False
+        rows = len(self._in_flight[-1].plan.rows)
+        return not self.runner.is_compiled(self._builder.buckets.decode_bucket(rows))
+
     def _dispatch(self) -> None:
-        self._dispatched = False
         if len(self._in_flight) >= self._depth:
             return
         begun = time.perf_counter()

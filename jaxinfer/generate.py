@@ -18,7 +18,7 @@ from jaxinfer.batch import SampleParams
 from jaxinfer.bias import bias_row
 from jaxinfer.errors import InvalidRequestError
 from jaxinfer.models import Model
-from jaxinfer.request import SamplingParams, check_int
+from jaxinfer.sampling_params import SamplingParams, check_int
 from pallas_kernels.paged_attention import Ragged
 
 _PAGE_SIZE = 16

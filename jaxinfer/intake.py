@@ -13,13 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxinfer.errors import InvalidRequestError
-from jaxinfer.request import (
-    Request,
-    RequestMetrics,
-    SamplingParams,
-    check_int,
-    reject_unknown,
-)
+from jaxinfer.request import Request, RequestMetrics
+from jaxinfer.sampling_params import SamplingParams, check_int, reject_unknown
 from jaxinfer.tokenizer import Tokenizer
 
 MAX_SALT_CHARS = 1_024

@@ -12,16 +12,11 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.engine import deferred_interrupt
 from jaxinfer.errors import ConfigError, InvalidRequestError, JaxInferError
 from jaxinfer.intake import per_prompt, split_prompts
+from jaxinfer.mailbox import Mailbox
 from jaxinfer.outputs import failed_output
-from jaxinfer.request import (
-    Request,
-    RequestOutput,
-    RequestOutputKind,
-    SamplingParams,
-    check_bool,
-    check_float,
-)
+from jaxinfer.request import Request, RequestOutput
 from jaxinfer.runner import COMPILES
+from jaxinfer.sampling_params import RequestOutputKind, SamplingParams, check_bool, check_float
 from jaxinfer.tokenizer import Tokenizer
 
 
@@ -61,7 +56,7 @@ class LLM:
         self.engine = parts.engine
         self._tokenizer = parts.tokenizer
         self._verbose = setup.is_verbose(config)
-        self._mail: dict[str, list[RequestOutput]] = {}
+        self._mail = Mailbox(parts.engine)
         self._queued: set[str] = set()
         self._num_ids = 0
 
@@ -192,12 +187,12 @@ class LLM:
                     live.discard(request_id)
                     yield failed_output(request_id, prompt, error)
             while live:
-                for output in self._step(live):
+                for output in self._mail.step(live):
                     if output.finished:
                         live.discard(output.request_id)
                     yield output
         finally:
-            self._drop(live)
+            self._mail.drop(live)
 
     # -- lower level ------------------------------------------------------------------------------
 
@@ -214,7 +209,7 @@ class LLM:
 
     def step(self) -> list[RequestOutput]:
         """One engine step; what is new of the requests of `add_request`, by their output_kind."""
-        outputs = self._step(None)
+        outputs = self._mail.step(self._queued, always=True)
         self._queued -= {o.request_id for o in outputs if o.finished}
         return outputs
 
@@ -226,32 +221,6 @@ class LLM:
         """End requests at any stage; ids that are not running or waiting are ignored."""
         for one in [request_id] if isinstance(request_id, str) else request_id:
             self.engine.abort(one)
-
-    def _step(self, mine: set[str] | None) -> list[RequestOutput]:
-        """Outputs of the requests in `mine`; of requests that no generate or stream owns if None.
-
-        Several streams may be open at once: what a step makes for the others waits in their mail.
-        """
-        if mine is None or not any(self._mail.get(i) for i in mine):
-            with deferred_interrupt():
-                self._deliver(self.engine.step())
-        ids = [i for i in self._mail if (i in mine if mine is not None else i in self._queued)]
-        return [output for i in ids for output in self._mail.pop(i)]
-
-    def _deliver(self, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
-            self._mail.setdefault(output.request_id, []).append(output)
-
-    def _drop(self, live: set[str]) -> None:
-        """Abort `live` and throw their outputs away; the other requests go on."""
-        if not live or not self.engine.is_alive:
-            return
-        with deferred_interrupt():
-            for request_id in live:
-                self.engine.abort(request_id)
-            self._deliver(self.engine.settle())
-            for request_id in live:
-                self._mail.pop(request_id, None)
 
     def _generate(
         self,
@@ -284,7 +253,7 @@ class LLM:
                         bar.update()
                 if not live:
                     continue
-                for output in self._step(set(live)):
+                for output in self._mail.step(set(live)):
                     results[live.pop(output.request_id)] = output
                     num_generated += sum(len(o.token_ids) for o in output.outputs)
                     rate = num_generated / (time.perf_counter() - begun)
@@ -292,7 +261,7 @@ class LLM:
                     bar.update()
         finally:
             bar.close()
-            self._drop(set(live))
+            self._mail.drop(set(live))
         outputs = [r for r in results if r is not None]
         if single and outputs[0].error is not None:
             raise outputs[0].error
@@ -364,10 +333,10 @@ class LLM:
         output = None
         try:
             while live:
-                for output in self._step(live):
+                for output in self._mail.step(live):
                     live.discard(output.request_id)
         finally:
-            self._drop(live)
+            self._mail.drop(live)
         if request.error is not None:
             raise request.error
         if output is None:

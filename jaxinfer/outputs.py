@@ -6,15 +6,8 @@ import numpy as np
 
 from jaxinfer.batch import StepResult
 from jaxinfer.detokenizer import Detokenizer
-from jaxinfer.request import (
-    CompletionOutput,
-    Logprob,
-    Request,
-    RequestOutput,
-    RequestOutputKind,
-    Row,
-    Sequence,
-)
+from jaxinfer.request import CompletionOutput, Logprob, Request, RequestOutput, Row, Sequence
+from jaxinfer.sampling_params import RequestOutputKind
 from jaxinfer.tokenizer import Tokenizer
 
 

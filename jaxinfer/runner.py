@@ -118,6 +118,9 @@ class Runner:
     def buckets(self) -> tuple[Bucket, ...]:
         return self.builder.buckets.all
 
+    def is_compiled(self, bucket: Bucket) -> bool:
+        return bucket in self._programs
+
     def _compile_bucket(self, bucket: Bucket) -> Callable:
         layout = self.builder.layouts[bucket]
         function = jax.jit(

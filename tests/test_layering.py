@@ -9,11 +9,12 @@ ROOT = Path(__file__).resolve().parent.parent
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 """Packages that mean the device."""
 
-HOST = {"errors", "request", "config"}
+HOST = {"errors", "request", "sampling_params", "config"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "request": {"errors"},
+    "sampling_params": {"errors"},
+    "request": {"sampling_params"},
     "config": {"errors"},
     "metrics": set(),
     "scheduling": HOST,
@@ -25,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "detokenizer": HOST | {"tokenizer"},
     "intake": HOST | {"tokenizer"},
     "weights": {"config", "errors", "params"},
-    "bias": {"request"},
+    "bias": {"request", "sampling_params"},
     "models": {"config", "errors", "params", "jax", "flax", "pallas_kernels"},
     "batch": {"request", "jax", "pallas_kernels"},
     "kv_cache": {"config", "errors", "models", "jax"},
@@ -38,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors",
         "kv_cache",
         "models",
-        "request",
+        "sampling_params",
         "sampling",
         "jax",
         "pallas_kernels",
@@ -71,7 +72,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "jax",
         "pallas_kernels",
     },
-    "llm": HOST | {"engine", "intake", "outputs", "runner", "setup", "tokenizer"},
+    "mailbox": {"engine", "request"},
+    "llm": HOST | {"engine", "mailbox", "intake", "outputs", "runner", "setup", "tokenizer"},
     "cli": HOST | {"llm"},
     "__main__": {"cli"},
     "__init__": HOST | {"llm", "generate", "setup"},

@@ -7,7 +7,8 @@ import pytest
 
 from jaxinfer.bias import BiasRows, bias_row
 from jaxinfer.intake import _bias_key
-from jaxinfer.request import Request, Row, SamplingParams, Sequence, StepPlan
+from jaxinfer.request import Request, Row, Sequence, StepPlan
+from jaxinfer.sampling_params import SamplingParams
 
 VOCAB = 32
 PROMPT = [1, 2, 3]

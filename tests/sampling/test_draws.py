@@ -11,7 +11,8 @@ import pytest
 
 from jaxinfer import sampling
 from jaxinfer.batch import Buckets, Builder
-from jaxinfer.request import Request, Row, SamplingParams, Sequence, StepPlan
+from jaxinfer.request import Request, Row, Sequence, StepPlan
+from jaxinfer.sampling_params import SamplingParams
 from tests.sampling import reference
 
 ROWS = 4096

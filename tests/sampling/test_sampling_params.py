@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from jaxinfer.errors import InvalidRequestError, JaxInferError
-from jaxinfer.request import (
+from jaxinfer.sampling_params import (
     MAX_LOGIT_BIAS,
     MAX_N,
     MAX_TEMPERATURE,

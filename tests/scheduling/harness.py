@@ -5,7 +5,8 @@ from typing import Any
 
 from jaxinfer.config import SchedulerConfig
 from jaxinfer.errors import CapacityError, InvalidRequestError, NumericalError
-from jaxinfer.request import Request, SamplingParams, Sequence, StepPlan
+from jaxinfer.request import Request, Sequence, StepPlan
+from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduling.pages import PagePool
 from jaxinfer.scheduling.scheduler import NO_TOKEN_ALLOWED, Scheduler
 from tests.echo import EchoDevice, reference

@@ -4,7 +4,8 @@ import pytest
 
 from jaxinfer.config import SchedulerConfig
 from jaxinfer.errors import CapacityError, InvalidRequestError
-from jaxinfer.request import Request, SamplingParams, Sequence, Status
+from jaxinfer.request import Request, Sequence, Status
+from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduling.pages import PagePool
 from jaxinfer.scheduling.queue import Entry
 from jaxinfer.scheduling.room import choose_victim

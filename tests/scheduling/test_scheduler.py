@@ -4,7 +4,8 @@ import pytest
 
 from jaxinfer.config import SchedulerConfig
 from jaxinfer.errors import ConfigError, InvalidRequestError, NumericalError
-from jaxinfer.request import Request, SamplingParams
+from jaxinfer.request import Request
+from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduling.scheduler import NO_TOKEN_ALLOWED, NOT_FINITE
 from tests.scheduling.harness import Harness, ids, shape
 
