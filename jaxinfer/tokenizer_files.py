@@ -6,6 +6,7 @@ sees it, and the loaded tokenizer is compared with the file.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,6 +135,8 @@ def load(directory: Path) -> LoadedFiles:
 
 def _auto_tokenizer(directory: Path) -> Any:
     # Imported here: transformers takes seconds to import, and a GGUF model does without it.
+    # Its advice to install torch is not for us: a tokenizer needs none.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     described = [directory / name for name in ("config.json", "tokenizer_config.json")]
