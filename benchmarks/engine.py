@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -51,9 +52,9 @@ def peak_memory() -> float:
 # -------------------------------------------------------------------------------------
 
 
-def throughput(batches: list[int], repeats: int) -> None:
-    """Output tokens per second at 128 in, 128 out, greedy."""
-    with LLM(enable_prefix_caching=False, verbose=False) as llm:
+def throughput(batches: list[int], repeats: int, dtype: Any) -> None:
+    """Output tokens per second at 128 in, 128 out, greedy; transformers is always float32."""
+    with LLM(enable_prefix_caching=False, dtype=dtype, verbose=False) as llm:
         ask = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
         def ours(prompts: list[list[int]]) -> None:
@@ -82,7 +83,7 @@ def throughput(batches: list[int], repeats: int) -> None:
             row = {f"{name}_tok_s": round(batch * NEW_TOKENS / m, 1) for name, m in medians.items()}
             if theirs is not None:
                 row["ratio"] = round(medians["transformers"] / medians["jaxinfer"], 2)
-            report(bench="throughput", batch=batch, repeats=repeats, **row)
+            report(bench="throughput", dtype=llm.config.dtype, batch=batch, repeats=repeats, **row)
         metrics = llm.get_metrics()
         report(bench="host", seconds_per_step=round(metrics["host_seconds_per_step"], 6))
 
@@ -194,12 +195,13 @@ def main() -> None:
     parser.add_argument("what", nargs="*", help="throughput, host, waste, start; none: all")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="auto", help="of jaxinfer's weights and pages")
     options = parser.parse_args()
     rows = {
         "start": start,
         "host": host,
         "waste": waste,
-        "throughput": lambda: throughput(options.batches, options.repeats),
+        "throughput": lambda: throughput(options.batches, options.repeats, options.dtype),
     }
     unknown = [w for w in options.what if w not in rows]
     if unknown:
