@@ -188,6 +188,9 @@ def _open(config: EngineConfig) -> LLM:
 def _generate(command: Generate) -> int:
     prompts = _read_prompts(command)
     params = command.sampling.params()
+    wants_logprobs = params.logprobs is not None or params.prompt_logprobs is not None
+    if wants_logprobs and command.output_format != "jsonl":
+        raise InvalidRequestError("log-probs need --output-format jsonl")
     with _open(command.engine) as llm:
         if len(prompts) == 1 and command.output_format == "text" and params.n == 1:
             for text in _stream_text(llm, prompts[0], params):
@@ -274,6 +277,7 @@ def _as_json(index: int, output: RequestOutput) -> dict:
         "prompt": output.prompt,
         "num_prompt_tokens": len(output.prompt_token_ids),
         "num_cached_tokens": output.num_cached_tokens,
+        "num_cache_creation_tokens": output.num_cache_creation_tokens,
         "error": None if output.error is None else str(output.error),
         "outputs": [
             {
@@ -307,6 +311,8 @@ def _logprobs_as_json(entries: list | None) -> list | None:
 
 def _chat(command: Chat) -> int:
     params = command.sampling.params()
+    if params.n > 1 or params.logprobs is not None or params.prompt_logprobs is not None:
+        raise InvalidRequestError("chat gives one answer as text: leave out --n and log-probs")
     start = [] if command.system is None else [{"role": "system", "content": command.system}]
     messages: list[dict[str, str]] = list(start)
     interactive = sys.stdin.isatty()

@@ -126,6 +126,9 @@ _RENAMED = {
 }
 
 
+_TEXTS = ("tokenizer", "revision", "chat_template", "compilation_cache_dir", "attention_impl")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """How an engine is set up. Names are vLLM's where it has them; None means "decide for me".
@@ -224,7 +227,12 @@ class EngineConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name} must be an integer >= {low}; got {value!r}", field=name)
-        if self.page_size not in (None, 8, 16, 32, 64, 128, 256):
+        for name in _TEXTS:
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value):
+                raise ConfigError(f"{name} must be a text or None; got {value!r}", field=name)
+        size = self.page_size
+        if type(size) is float or size not in (None, 8, 16, 32, 64, 128, 256):
             raise ConfigError(
                 f"page_size must be a power of two in 8..256; got {self.page_size!r}",
                 field="page_size",

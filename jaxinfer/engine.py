@@ -110,6 +110,13 @@ class Engine:
             add_special_tokens=add_special_tokens,
             cache_only=cache_only,
         )
+        if priority and self.scheduler.config.policy != "priority":
+            raise InvalidRequestError(
+                f"priority={priority} has no meaning under first come, first served; make the "
+                f'engine with scheduling_policy="priority"',
+                param="priority",
+                value=priority,
+            )
         self.scheduler.add(request)
         self._states[request_id] = RequestState(
             request, self.tokenizer, kind or request.params.output_kind

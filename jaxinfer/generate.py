@@ -22,9 +22,10 @@ from jaxinfer.sampling_params import SamplingParams, check_int
 from pallas_kernels.paged_attention import Ragged
 
 _PAGE_SIZE = 16
-_IGNORED_FIELDS = ("max_tokens", "output_kind", "detokenize", "skip_special_tokens", "logprobs")
-_IGNORED_FIELDS += ("spaces_between_special_tokens", "include_stop_str_in_output", "ignore_eos")
+_IGNORED_FIELDS = ("max_tokens", "output_kind", "detokenize", "skip_special_tokens")
+_IGNORED_FIELDS += ("spaces_between_special_tokens", "include_stop_str_in_output")
 _APPLIED_FIELDS = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "min_tokens")
+_APPLIED_FIELDS += ("ignore_eos",)
 _APPLIED_FIELDS += ("frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids")
 
 
@@ -63,11 +64,12 @@ def generate(
     sampling: SamplingParams | None = None,
     key: Array | None = None,
     eos_id: int | tuple[int, ...] | None = None,
+    valid_vocab: int | None = None,
 ) -> Generated:
     """Generate up to `max_new_tokens` after each prompt.
 
     Args:
-        model, params: `llm.model`, `llm.params`, or `jaxinfer.load_model(...)`. Close over `model`
+        model, params: `llm.model` and `llm.params`. Close over `model`
             when jitting; it is static.
         tokens: prompts, int32, padded on the right with anything.
         lengths: true prompt lengths, each in 1..S. The caller answers for this inside jit, where
@@ -78,19 +80,24 @@ def generate(
         key: typed PRNG key; needed unless greedy. Row b's draw at a position depends on
             (key, b, position) alone.
         eos_id: token(s) that end a row; None: every row runs to max_new_tokens.
+        valid_vocab: ids from here on are never drawn; `LLM` passes its tokenizer's size, which
+            matters where the embedding has more rows. None: the model's vocabulary.
 
     Raises:
         InvalidRequestError: a shape, a dtype or a sampling field that cannot be served.
     """
     choose = SamplingParams(temperature=0.0) if sampling is None else sampling
     rows, width = _check(model, tokens, lengths, max_new_tokens, choose, key)
-    eos = _eos_ids(eos_id, model.config.vocab_size)
+    eos = () if choose.ignore_eos else _eos_ids(eos_id, model.config.vocab_size)
     pages_per_row = -(-(width + max_new_tokens) // _PAGE_SIZE)
     pages = kv_cache.allocate(model, rows * pages_per_row + 1, _PAGE_SIZE)
     table = 1 + jnp.arange(rows * pages_per_row, dtype=jnp.int32).reshape(rows, pages_per_row)
     lengths = lengths.astype(jnp.int32)
     unused = jax.random.key(0)  # greedy rows draw nothing, but the sampler traces the draw
-    draw = partial(_draw, model, choose, unused if key is None else key, eos, lengths)
+    vocab = check_int(
+        "valid_vocab", valid_vocab or model.config.vocab_size, 1, model.config.vocab_size
+    )
+    draw = partial(_draw, model, choose, unused if key is None else key, eos, vocab, lengths)
     hidden, layers = _prefill(model, params, pages.layers, table, tokens, lengths)
     history = jnp.pad(tokens.astype(jnp.int32), ((0, 0), (0, max_new_tokens)))
     zeros = jnp.zeros((rows, max_new_tokens))
@@ -143,6 +150,12 @@ def _check(model: Model, tokens, lengths, max_new_tokens, choose: SamplingParams
             "sampling needs key=jax.random.key(...); or use temperature=0", param="key"
         )
     default = SamplingParams()
+    if choose.max_tokens not in (None, default.max_tokens, max_new_tokens):
+        raise InvalidRequestError(
+            f"sampling.max_tokens={choose.max_tokens} and max_new_tokens={max_new_tokens} differ; "
+            f"give max_new_tokens alone",
+            param="max_tokens",
+        )
     for name in SamplingParams.__dataclass_fields__:
         known = name in _APPLIED_FIELDS or name in _IGNORED_FIELDS
         if not known and getattr(choose, name) != getattr(default, name):
@@ -208,7 +221,9 @@ def _decode(model: Model, params, table, state: _State):
     return hidden, state
 
 
-def _draw(model: Model, choose: SamplingParams, key, eos, prompt_lens, params, hidden, state):
+def _draw(
+    model: Model, choose: SamplingParams, key, eos, valid_vocab, prompt_lens, params, hidden, state
+):
     """Sample each row's next token from hidden [B, D] and append it."""
     rows = hidden.shape[0]
     logits = model.logits(params, hidden)
@@ -244,9 +259,7 @@ def _draw(model: Model, choose: SamplingParams, key, eos, prompt_lens, params, h
         per_row = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
         return jax.vmap(jax.random.fold_in)(per_row, state.kv_lens)
 
-    drawn = sampler.sample(
-        logits, per_row, lambda: state.history, table, model.config.vocab_size, keys
-    )
+    drawn = sampler.sample(logits, per_row, lambda: state.history, table, valid_vocab, keys)
     logprob = sampler.log_probs(logits, drawn, 1)[0]
     row = jnp.arange(rows)
     ended = drawn < 0

@@ -176,7 +176,7 @@ class Intake:
         if self.tokenizer is None:
             raise InvalidRequestError(
                 "a text prompt needs a tokenizer, and this engine has skip_tokenizer_init=True; "
-                "give token ids, or pass tokenizer=",
+                "give token ids",
                 param="prompt",
             )
         if not text:
@@ -249,6 +249,12 @@ class Intake:
                 f"n must be in 1..{self.max_n}; got {params.n}; raise LLM(max_n=...) for more",
                 param="n",
                 value=params.n,
+            )
+        if params.stop and self.tokenizer is None:
+            raise InvalidRequestError(
+                "stop strings need a tokenizer, and this engine has none "
+                "(skip_tokenizer_init=True); use stop_token_ids",
+                param="stop",
             )
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(params, name)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from jaxinfer.errors import CapacityError, ConfigError
+from jaxinfer.errors import CapacityError
 from jaxinfer.models import Model
 
 GIB = 2**30
@@ -189,12 +189,3 @@ def make_plan(
         max_model_len=fits,
         max_num_seqs=max_num_seqs,
     )
-
-
-def check_page_size(page_size: int) -> int:
-    """A page size that every implementation can tile: a power of two from 8 to 256."""
-    if page_size not in (8, 16, 32, 64, 128, 256):
-        raise ConfigError(
-            f"page_size must be a power of two in 8..256; got {page_size!r}", field="page_size"
-        )
-    return page_size

@@ -233,6 +233,12 @@ class LLM:
         prompts, single = split_prompts(prompts)
         params = per_prompt(sampling_params, len(prompts), "sampling_params")
         priorities = per_prompt(0 if priority is None else priority, len(prompts), "priority")
+        if not isinstance(sampling_params, (SamplingParams, list, tuple, type(None))):
+            raise InvalidRequestError(
+                f"sampling_params must be SamplingParams or a list of them; got "
+                f"{type(sampling_params).__name__}",
+                param="sampling_params",
+            )
         results: list[RequestOutput | None] = [None] * len(prompts)
         live: dict[str, int] = {}
         show = self._verbose if use_tqdm is None else use_tqdm
@@ -405,7 +411,7 @@ class LLM:
             **self.engine.scheduler.metrics(),
             "num_compiles": COMPILES.compiles,
             "num_compile_cache_hits": COMPILES.cache_hits,
-            "num_compiles_after_warmup": runner.compiles_after_warmup or 0,
+            "num_compiles_after_warmup": runner.compiles_after_warmup,
         }
 
     def close(self) -> None:

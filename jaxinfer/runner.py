@@ -111,7 +111,8 @@ class Runner:
         self._programs: dict[Bucket, Callable] = {}
         self._copy: Callable | None = None
         self._set_bias: Callable | None = None
-        self._warm_compiles: int | None = None
+        self._is_warm = False
+        self.compiles_after_warmup = 0
         self.temp_bytes: dict[Bucket, int] = {}
 
     @property
@@ -164,24 +165,24 @@ class Runner:
         note("copy pages")
         self._set_bias = self._set_bias or self._compile_set_bias()
         note("set bias")
-        self._warm_compiles = COMPILES.compiles
+        self._is_warm = True
+        self.compiles_after_warmup = 0
         return time.perf_counter() - started
 
     @property
     def num_programs(self) -> int:
         return len(self.buckets) + 2
 
-    @property
-    def compiles_after_warmup(self) -> int | None:
-        """Compilations of the process since warmup() ended; None before it."""
-        return None if self._warm_compiles is None else COMPILES.compiles - self._warm_compiles
-
-    def _check_strict(self, what: str) -> None:
-        if self.strict and self.compiles_after_warmup:
+    def _note_compiles(self, before: int, bucket: Bucket) -> None:
+        """Count what was compiled since `before`, by this runner's steps alone, once it is warm."""
+        count = COMPILES.compiles - before
+        if not self._is_warm or not count:
+            return
+        self.compiles_after_warmup += count
+        if self.strict:
             raise RecompileError(
-                f"strict=True: {self.compiles_after_warmup} program(s) were compiled after "
-                f"warm-up, seen before {what}; run with jax_log_compiles to see "
-                f"which, or pass strict=False"
+                f"strict=True: {count} program(s) were compiled after warm-up, for step {bucket}; "
+                f"set jax_log_compiles to see which, or pass strict=False"
             )
 
     def run(
@@ -190,7 +191,11 @@ class Runner:
         copies: list[tuple[int, int]],
         bias_rows: list[tuple[int, np.ndarray]],
     ) -> StepResult:
-        """Copy pages, set bias rows, then dispatch the step; its tokens feed the next step."""
+        """Copy pages, set bias rows, then dispatch the step; its tokens feed the next step.
+
+        Raises RecompileError where strict and something was compiled here after warmup().
+        """
+        before = COMPILES.compiles
         for slot, row in bias_rows:
             self._set_bias = self._set_bias or self._compile_set_bias()
             self.bias_table = self._set_bias(self.bias_table, np.int32(slot), row)
@@ -203,11 +208,13 @@ class Runner:
         program = self._programs.get(batch.bucket)
         if program is None:
             program = self._programs[batch.bucket] = self._compile_bucket(batch.bucket)
-        self._check_strict(f"step {batch.bucket}")
+        self._note_compiles(before, batch.bucket)
+        before = COMPILES.compiles
         result, self.pages = program(
             self.params, self.pages, self.bias_table, self.previous, batch.packed
         )
         self.previous = result.tokens
+        self._note_compiles(before, batch.bucket)  # there must be none: the program is compiled
         return result
 
     def close(self) -> None:

@@ -102,7 +102,8 @@ def check_bool(name: str, value: object) -> bool:
 class SamplingParams:
     """How to choose tokens for a request: vLLM's fields, meanings and defaults.
 
-    Every field is validated when the object is made and applied, per row, inside the jitted step.
+    Every field is validated when the object is made, and applied: per row inside the jitted
+    step, or (stop strings, text and output options) on the host.
     Ranges that depend on the model (vocabulary, context) are checked when the request is added.
     The order is: penalties, logit_bias, bans (allowed_token_ids, bad_words, min_tokens),
     temperature, top_k, top_p, min_p. Log-probs are of the raw logits, before any of these.

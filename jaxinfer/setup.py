@@ -6,12 +6,10 @@ Everything that can be wrong with a model or a setting is found here, before dev
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from jaxinfer import kv_cache, models, weights
 from jaxinfer import tokenizer as tokenizers
@@ -57,6 +55,7 @@ def assemble(config: EngineConfig) -> Parts:
         ConfigError, ModelFormatError, TokenizerError, CapacityError: all ValueErrors, each naming
         the file or option, the value, and what to do.
     """
+    _refuse_contradictions(config)
     verbose = is_verbose(config)
     use_compile_cache(config.compilation_cache_dir)
     platform = jax.default_backend()
@@ -94,6 +93,18 @@ def _ops(name: str, platform: str) -> dispatch.Ops:
         return dispatch.resolve(name, platform=platform)
     except ValueError as error:
         raise ConfigError(f"attention_impl: {error}", field="attention_impl") from None
+
+
+def _refuse_contradictions(config: EngineConfig) -> None:
+    """Two options of which one would be ignored."""
+    if config.num_pages is not None and config.kv_cache_memory_bytes is not None:
+        raise ConfigError(
+            f"num_pages={config.num_pages} and kv_cache_memory_bytes="
+            f"{config.kv_cache_memory_bytes} both size the page pool; give one of them"
+        )
+    for name in ("tokenizer", "chat_template"):
+        if config.skip_tokenizer_init and getattr(config, name) is not None:
+            raise ConfigError(f"{name} has no meaning with skip_tokenizer_init=True", field=name)
 
 
 def _say(text: str) -> None:
@@ -244,9 +255,3 @@ def _engine(
         tokenizer=tokenizer,
         overlap=config.async_scheduling,
     )
-
-
-def progress_bar(verbose: bool, total: int, what: str, unit: str) -> tuple[tqdm, Callable]:
-    """A tqdm bar on standard error, silent unless `verbose`."""
-    bar = tqdm(total=total, desc=what, unit=unit, disable=not verbose, file=sys.stderr)
-    return bar, bar.update

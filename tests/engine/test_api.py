@@ -72,12 +72,14 @@ def test_params_per_prompt_and_order(llm):
     prompts = ["one", "two two two", "three", "four" * 10]
     lengths = [5, 1, 9, 3]
     params = [greedy(max_tokens=n) for n in lengths]
-    outputs = llm.generate(prompts, params, priority=[3, 2, 1, 0])
+    outputs = llm.generate(prompts, params, priority=[0, 0, 0, 0])
     assert [o.prompt for o in outputs] == prompts
     assert [len(o.outputs[0].token_ids) for o in outputs] == lengths
     for prompt, choose, output in zip(prompts, params, outputs, strict=True):
         assert output.outputs[0].token_ids == one(llm, prompt, choose).token_ids
         assert output.outputs[0].finish_reason == "length"
+    with pytest.raises(InvalidRequestError, match="scheduling_policy"):
+        llm.generate("one", priority=3)
     with pytest.raises(InvalidRequestError, match="2 entries for 4 prompts"):
         llm.generate(prompts, params[:2])
     with pytest.raises(InvalidRequestError, match="priority has 1 entries for 4"):

@@ -3,7 +3,7 @@ GGUF).
 
 With torch installed transformers itself judges: one forward pass over prompt and output, whose
 argmax must be our token at every position, which is greedy decoding by induction. Without torch
-the stored tokens serve (scripts/make_goldens.py writes them).
+the stored tokens serve (scripts/make_default_model_goldens.py writes them).
 """
 
 import importlib.util

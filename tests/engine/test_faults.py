@@ -188,7 +188,10 @@ def test_recompile_in_strict_mode_ends_its_requests_only(tiny):
     with tiny_llm(tiny, strict=True, **SMALL) as llm:
         llm.warmup(use_tqdm=False)
         assert llm.generate("fine", greedy())[0].error is None
+        # What the user compiles is the user's affair.
         jax.jit(lambda x: x + np.float32(41.5))(np.float32(1)).block_until_ready()
+        assert llm.generate("also fine", greedy())[0].error is None
+        llm.engine.runner._programs.clear()
         with pytest.raises(RecompileError, match="strict=True: 1 program"):
             llm.generate("late", greedy())
         assert_no_leak(llm)
