@@ -151,10 +151,8 @@ class Engine:
         """
         self.check_alive()
         with self._fatal_faults():
-            self._dispatched = False
-            if not self._would_wait_for_compile():
-                self._dispatch()
-            if len(self._in_flight) >= self._depth or (self._in_flight and not self._dispatched):
+            dispatched = not self._would_wait_for_compile() and self._dispatch()
+            if len(self._in_flight) >= self._depth or (self._in_flight and not dispatched):
                 self._collect(self._in_flight.popleft())
             outputs = self._take_outputs()
             if not self._states:  # what is still in flight is of requests that have ended
@@ -183,14 +181,15 @@ class Engine:
         rows = len(self._in_flight[-1].plan.rows)
         return not self.runner.is_compiled(self._builder.buckets.decode_bucket(rows))
 
-    def _dispatch(self) -> None:
+    def _dispatch(self) -> bool:
+        """Plan, build and start a step; whether there was one to start."""
         if len(self._in_flight) >= self._depth:
-            return
+            return False
         begun = time.perf_counter()
         plan = self.scheduler.plan()
         if plan is None:
             self._note_ended()
-            return
+            return False
         planned = time.perf_counter()
         try:
             slots, uploads = self._bias.assign(plan)
@@ -201,7 +200,6 @@ class Engine:
             self._give_up(plan)
             raise
         self._in_flight.append(_InFlight(plan, batch, result))
-        self._dispatched = True
         self._note_ended()
         self.metrics.num_steps += 1
         self.metrics.steps.append(
@@ -215,11 +213,11 @@ class Engine:
                 dispatch_seconds=time.perf_counter() - built,
             )
         )
+        return True
 
     def _give_up(self, plan: StepPlan) -> None:
         """Abort the requests of a plan that never ran, and close its books."""
-        while self._in_flight:
-            self._collect(self._in_flight.popleft())
+        self._drain()
         for row in plan.rows:
             request_id = row.sequence.request.request_id
             if self.scheduler.abort(request_id):
@@ -306,9 +304,12 @@ class Engine:
         with self._fatal_faults():
             return self._collect_all()
 
-    def _collect_all(self) -> list[RequestOutput]:
+    def _drain(self) -> None:
         while self._in_flight:
             self._collect(self._in_flight.popleft())
+
+    def _collect_all(self) -> list[RequestOutput]:
+        self._drain()
         return self._take_outputs()
 
     @property

@@ -259,7 +259,7 @@ class LLM:
                         bar.update()
                 if not live:
                     continue
-                for output in self._mail.step(set(live)):
+                for output in self._mail.step(live):
                     results[live.pop(output.request_id)] = output
                     num_generated += sum(len(o.token_ids) for o in output.outputs)
                     rate = num_generated / (time.perf_counter() - begun)

@@ -21,7 +21,8 @@ class Mailbox:
 
         `always` steps the engine even if something waited.
         """
-        if always or not any(self._mail.get(i) for i in mine):
+        # The mail is short; `mine` may be every prompt of a long list, so it is not walked.
+        if always or not any(i in mine for i in self._mail):
             with deferred_interrupt():
                 self._deliver(self._engine.step())
         ids = [i for i in self._mail if i in mine]

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from jaxinfer import LLM
+from jaxinfer import LLM, SamplingParams
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB_SIZE = 264
@@ -127,3 +127,15 @@ def assert_no_leak(llm: LLM) -> None:
 def pinned(llm: LLM) -> int:
     cache = llm.engine.scheduler.cache
     return 0 if cache is None else cache.num_pinned
+
+
+def greedy(**fields) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0, "max_tokens": 8, "ignore_eos": True, **fields})
+
+
+def draws(**fields) -> SamplingParams:
+    return SamplingParams(**{"temperature": 1, "max_tokens": 8, "ignore_eos": True, **fields})
+
+
+def one(llm: LLM, prompt, params):
+    return llm.generate(prompt, params)[0].outputs[0]

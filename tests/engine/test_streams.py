@@ -6,38 +6,11 @@ from jaxinfer import (
     LLM,
     InvalidRequestError,
     RequestOutputKind,
-    SamplingParams,
 )
-from tests.helpers import assert_no_leak, tiny_llm
+from tests.helpers import draws, greedy, one
 
 EOS = 258
 PAGE = 8
-
-
-@pytest.fixture(scope="module")
-def shared(tiny):
-    with tiny_llm(tiny, max_logprobs=-1) as made:
-        yield made
-
-
-@pytest.fixture
-def llm(shared: LLM):
-    """The module's engine with an empty cache; the test must leave no page behind."""
-    shared.reset_prefix_cache()
-    yield shared
-    assert_no_leak(shared)
-
-
-def greedy(**fields) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0, "max_tokens": 8, "ignore_eos": True, **fields})
-
-
-def draws(**fields) -> SamplingParams:
-    return SamplingParams(**{"temperature": 1, "max_tokens": 8, "ignore_eos": True, **fields})
-
-
-def one(llm: LLM, prompt, params):
-    return llm.generate(prompt, params)[0].outputs[0]
 
 
 # -- streams and steps -----------------------------------------------------------------
