@@ -185,8 +185,9 @@ class EngineConfig:
     """Raise if anything is compiled after warm-up."""
     compilation_cache_dir: str | None = "~/.cache/jaxinfer/xla"
     """Where compiled programs are kept for the next start; None: JAX's own setting."""
-    attention_impl: str = "auto"
-    """Which implementation of paged attention; "auto": the best one the platform has."""
+    attention_impl: Literal["auto", "reference", "xla", "tpu", "mosaic_gpu", "interpret"] = "auto"
+    """Which implementation of paged attention; "auto": the Pallas kernel on a GPU and a TPU, "xla"
+    on a CPU. "interpret" is the TPU's kernel, interpreted on a CPU: for tests."""
     tensor_parallel_size: int = 1
     """Devices to split each layer over; only 1 for now."""
     verbose: bool | None = None

@@ -65,9 +65,10 @@ def assemble(config: EngineConfig) -> Parts:
         revision=config.revision,
         weights=config.load_format != "dummy",
     ) as source:
-        ops = _ops(config.attention_impl, platform)
         model_config = source.config
         dtype = _dtype(config, model_config, platform)
+        config = dataclasses.replace(config, page_size=_page_size(config, platform))
+        ops = _ops(config, model_config, dtype, platform)
         model = models.build(model_config, ops, dtype)
         tokenizer = _tokenizer(config, source)
         config = _decide(config, source.name, dtype, platform, model_config)
@@ -88,11 +89,25 @@ def assemble(config: EngineConfig) -> Parts:
     return Parts(config, model, engine, tokenizer, plan)
 
 
-def _ops(name: str, platform: str) -> dispatch.Ops:
+def _ops(
+    config: EngineConfig, model_config: ModelConfig, dtype: str, platform: str
+) -> dispatch.Ops:
+    spec = dispatch.Spec(
+        num_heads=model_config.num_heads,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        page_size=config.page_size or 0,
+        dtype=dtype,
+        page_dtype=dtype,
+    )
     try:
-        return dispatch.resolve(name, platform=platform)
+        return dispatch.resolve(config.attention_impl, platform, spec=spec)
     except ValueError as error:
         raise ConfigError(f"attention_impl: {error}", field="attention_impl") from None
+
+
+def _page_size(config: EngineConfig, platform: str) -> int:
+    return config.page_size or _DEFAULTS.get(platform, _DEFAULTS["gpu"])[0]
 
 
 def _refuse_contradictions(config: EngineConfig) -> None:
@@ -143,7 +158,7 @@ def _decide(
     config: EngineConfig, name: str, dtype: str, platform: str, model_config: ModelConfig
 ) -> EngineConfig:
     """Fill in what was left open, but for what the memory plan decides."""
-    page_size, rows, tokens = _DEFAULTS.get(platform, _DEFAULTS["gpu"])
+    _, rows, tokens = _DEFAULTS.get(platform, _DEFAULTS["gpu"])
     limit = model_config.max_position
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ConfigError(
@@ -164,7 +179,6 @@ def _decide(
         config,
         model=config.model or name,
         dtype=dtype,
-        page_size=config.page_size or page_size,
         max_num_seqs=rows,
         max_num_batched_tokens=tokens,
     )

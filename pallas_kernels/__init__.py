@@ -10,7 +10,8 @@ shapes: T tokens (flat), S sequences (rows), N query heads, K KV heads, G = N //
 pages, MP pages per row, C pairs of pages to copy.
 """
 
-from pallas_kernels.dispatch import IMPLEMENTATIONS, Ops, resolve
+from pallas_kernels.common import Spec
+from pallas_kernels.dispatch import IMPLEMENTATIONS, Ops, available, resolve
 from pallas_kernels.paged_attention import Ragged
 
-__all__ = ["IMPLEMENTATIONS", "Ops", "Ragged", "resolve"]
+__all__ = ["IMPLEMENTATIONS", "Ops", "Ragged", "Spec", "available", "resolve"]

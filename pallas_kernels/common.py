@@ -1,5 +1,7 @@
-"""What every operation's checks share: dtype names, argument errors. Knows no page layout."""
+"""What every operation shares: dtype names, argument errors, quantisation of K and V, the target
+that an implementation is built for. Knows no page layout."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -8,19 +10,67 @@ import numpy as np
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+# What pages may be quantised to, and the largest magnitude each holds.
+QUANTISED = {"int8": 127.0, "float8_e4m3fn": 448.0}
+PAGE_DTYPES = (*DTYPES, *QUANTISED)
+
 # Below every real score, and finite: max and exp of a row that sees nothing stay free of NaN.
 MASKED = -1e30
 
 
-def dtype_name(dtype: Any, argument: str) -> str:
-    """`dtype` (a name or a dtype) as one of DTYPES; ValueError otherwise."""
+@dataclass(frozen=True)
+class Target:
+    """Where an implementation will run.
+
+    `platform` is "cpu", "gpu" or "tpu"; `device_kind` is jax's name of the chip ("TPU v5 lite",
+    "NVIDIA H200"), None when unknown; `interpret` is what Pallas takes as `interpret=`: False,
+    True, or the interpreter's own parameters.
+    """
+
+    platform: str
+    device_kind: str | None = None
+    interpret: Any = False
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an implementation will be asked for: N, K, H, the page size, the dtype of q, and the
+    dtype of the pages."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: str
+    page_dtype: str
+
+
+def dtype_name(dtype: Any, argument: str, allowed: tuple[str, ...] = DTYPES) -> str:
+    """`dtype` (a name or a dtype) as one of `allowed`; ValueError otherwise."""
     try:
         name = jnp.dtype(dtype).name
     except TypeError:
         name = str(dtype)
-    if name not in DTYPES:
-        raise ValueError(f"{argument} is {name}; allowed: {', '.join(DTYPES)}")
+    if name not in allowed:
+        raise ValueError(f"{argument} is {name}; allowed: {', '.join(allowed)}")
     return name
+
+
+def quantise(x: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
+    """`x [..., H]` as (`[..., H]` of `dtype`, float32 scales `[...]`), symmetric, one scale for
+    each vector: x is about data * scale.
+
+    scale = max|x| / QUANTISED[dtype], in float32. int8 rounds half to even. A vector of zeros has
+    scale 0. A vector with a NaN or an infinity has the scale NaN.
+    """
+    largest = QUANTISED[dtype]
+    x = x.astype(jnp.float32)
+    # XLA:CPU's max over the minor axis loses a NaN when the array is large.
+    is_finite = jnp.all(jnp.isfinite(x), axis=-1)
+    scale = jnp.where(is_finite, jnp.max(jnp.abs(x), axis=-1) / largest, jnp.nan)
+    y = x / jnp.where(scale == 0, 1.0, scale)[..., None]
+    y = jnp.clip(jnp.round(y) if dtype == "int8" else y, -largest, largest)
+    return y.astype(dtype), scale
 
 
 def check_positive(argument: str, value: object) -> None:
@@ -46,3 +96,15 @@ def check_int32(argument: str, value: jax.Array) -> None:
     """ValueError unless `value` is int32: other widths would recompile or wrap silently."""
     if value.dtype != jnp.int32:
         raise ValueError(f"{argument} is {value.dtype}; it must be int32")
+
+
+def check_options(scale: float, window: int | None, soft_cap: float | None) -> None:
+    """ValueError unless the three are what every attention takes."""
+    if not isinstance(scale, int | float) or not np.isfinite(scale):
+        raise ValueError(f"scale is {scale!r}; it must be a finite Python float")
+    if window is not None:
+        check_positive("window", window)
+    if soft_cap is not None and not (
+        isinstance(soft_cap, int | float) and np.isfinite(soft_cap) and soft_cap > 0
+    ):
+        raise ValueError(f"soft_cap is {soft_cap!r}; it must be None or a finite float > 0")

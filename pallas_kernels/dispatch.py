@@ -1,23 +1,48 @@
 """Which implementation runs: resolved once, by name, before anything is traced; never a fallback.
 
 An implementation is a full set of operations because they share a page layout that nothing else
-knows. To add one, write its files in `paged_attention/` and `kv_write/` and its row in `_BUILD`.
+knows. To add one, write its files in `flash_attention/`, `paged_attention/` and `kv_write/` and its
+row in `_MODULES`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
 import jax
 
+import pallas_kernels.flash_attention as flash
+import pallas_kernels.flash_attention.mosaic_gpu as flash_mosaic_gpu
+import pallas_kernels.flash_attention.reference as flash_reference
+import pallas_kernels.flash_attention.tpu as flash_tpu
+import pallas_kernels.flash_attention.xla as flash_xla
+import pallas_kernels.kv_write.mosaic_gpu as write_mosaic_gpu
 import pallas_kernels.kv_write.reference as write_reference
+import pallas_kernels.kv_write.tpu as write_tpu
 import pallas_kernels.kv_write.xla as write_xla
-import pallas_kernels.paged_attention.reference as attention_reference
-import pallas_kernels.paged_attention.xla as attention_xla
+import pallas_kernels.paged_attention.mosaic_gpu as paged_mosaic_gpu
+import pallas_kernels.paged_attention.reference as paged_reference
+import pallas_kernels.paged_attention.tpu as paged_tpu
+import pallas_kernels.paged_attention.xla as paged_xla
+from pallas_kernels.common import Spec, Target
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 _PLATFORM_ALIASES = {"cuda": "gpu", "rocm": "gpu"}
+
+# name -> modules of (flash_attention, paged_attention, kv_write), platforms it runs on
+_MODULES: dict[str, tuple[tuple[Any, Any, Any], tuple[str, ...]]] = {
+    "reference": ((flash_reference, paged_reference, write_reference), PLATFORMS),
+    "xla": ((flash_xla, paged_xla, write_xla), PLATFORMS),
+    "tpu": ((flash_tpu, paged_tpu, write_tpu), ("tpu",)),
+    "mosaic_gpu": ((flash_mosaic_gpu, paged_mosaic_gpu, write_mosaic_gpu), ("gpu",)),
+    # The TPU's kernels, run by Pallas's interpreter: how they are tested without a TPU.
+    "interpret": ((flash_tpu, paged_tpu, write_tpu), ("cpu",)),
+}
+IMPLEMENTATIONS = tuple(_MODULES)
+
+# What "auto" takes: the first that can do what is asked.
+_AUTO = {"cpu": ("xla",), "gpu": ("mosaic_gpu", "xla"), "tpu": ("tpu", "xla")}
 
 
 @dataclass(frozen=True)
@@ -36,53 +61,86 @@ class Ops:
     kv_write: Callable[..., Any]
     paged_attention: Callable[..., jax.Array]
     copy_pages: Callable[..., Any]
+    flash_attention: Callable[..., jax.Array]
 
 
-def _reference(platform: str) -> dict[str, Callable[..., Any]]:
-    return {
-        "allocate": attention_reference.allocate,
-        "page_bytes": attention_reference.page_bytes,
-        "kv_write": write_reference.kv_write,
-        "paged_attention": attention_reference.paged_attention,
-        "copy_pages": attention_reference.copy_pages,
-    }
+def available(platform: str) -> tuple[str, ...]:
+    """The implementations that run on `platform`."""
+    return tuple(name for name, (_, where) in _MODULES.items() if platform in where)
 
 
-def _xla(platform: str) -> dict[str, Callable[..., Any]]:
-    return {
-        "allocate": partial(attention_xla.allocate, platform=platform),
-        "page_bytes": attention_xla.page_bytes,
-        "kv_write": write_xla.kv_write,
-        "paged_attention": attention_xla.paged_attention,
-        "copy_pages": attention_xla.copy_pages,
-    }
+def resolve(
+    impl: str = "auto",
+    platform: str | None = None,
+    *,
+    spec: Spec | None = None,
+    device_kind: str | None = None,
+) -> Ops:
+    """The operations named `impl` ("auto" takes the fastest that can do `spec`) for `platform`.
 
-
-_BUILD = {"reference": _reference, "xla": _xla}
-_AUTO = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
-IMPLEMENTATIONS = tuple(_BUILD)
-
-
-def resolve(impl: str = "auto", platform: str | None = None) -> Ops:
-    """The operations named `impl` ("auto" takes the fastest there is) for `platform`.
-
-    `platform` is "cpu", "gpu" or "tpu"; None means jax's default backend. Raises ValueError when
-    `impl` does not exist, naming those that do.
+    `platform` is "cpu", "gpu" or "tpu"; None means jax's default backend. `spec` is what will be
+    asked of them; without it only the platform decides. `device_kind` is jax's name of the chip
+    (`jax.devices()[0].device_kind`), which chooses block sizes; None on the default backend means
+    the chip that is there. Raises ValueError when `impl` does not exist on the platform or cannot
+    do `spec`, saying what is allowed.
     """
     given = platform if platform is not None else jax.default_backend()
     known = _PLATFORM_ALIASES.get(given, given)
     if known not in PLATFORMS:
         raise ValueError(f"platform is {given!r}; allowed: {', '.join(PLATFORMS)}")
-    if impl != "auto" and impl not in _BUILD:
+    names = available(known)
+    if impl != "auto" and impl not in names:
+        exists = f"runs on {', '.join(_MODULES[impl][1])}" if impl in _MODULES else "does not exist"
         raise ValueError(
-            f"impl is {impl!r}, which does not exist on {known}; "
-            f"allowed: auto, {', '.join(IMPLEMENTATIONS)}"
+            f"impl is {impl!r}, which {exists}; allowed on {known}: auto, {', '.join(names)}"
         )
-    return _resolve(impl, known)
+    if device_kind is None and known == _PLATFORM_ALIASES.get(
+        jax.default_backend(), jax.default_backend()
+    ):
+        device_kind = jax.devices()[0].device_kind
+    return _resolve(impl, Target(known, device_kind), spec)
 
 
 @lru_cache
-def _resolve(impl: str, platform: str) -> Ops:
-    name = _AUTO[platform] if impl == "auto" else impl
-    reason = f"the fastest there is on {platform}" if impl == "auto" else "asked for"
-    return Ops(name=name, platform=platform, reason=reason, **_BUILD[name](platform))
+def _resolve(impl: str, target: Target, spec: Spec | None) -> Ops:
+    if impl != "auto":
+        why_not = _why_not(impl, target, spec)
+        if why_not:
+            raise ValueError(f"impl {impl!r} cannot do this: {why_not}")
+        return _build(impl, target, "asked for")
+    refused = []
+    for name in _AUTO[target.platform]:
+        why_not = _why_not(name, target, spec)
+        if not why_not:
+            reason = f"the fastest there is on {target.platform}"
+            return _build(name, target, "; ".join([*refused, reason]))
+        refused.append(f"not {name}: {why_not}")
+    raise ValueError(f"nothing on {target.platform} can do this: {'; '.join(refused)}")
+
+
+def _why_not(name: str, target: Target, spec: Spec | None) -> str | None:
+    """Why `name` cannot do `spec` on `target`; None when it can."""
+    paged = _MODULES[name][0][1]
+    if spec is None:
+        return None
+    return paged.unsupported(spec, _on(name, target))
+
+
+def _on(name: str, target: Target) -> Target:
+    return replace(target, interpret=name == "interpret")
+
+
+def _build(name: str, target: Target, reason: str) -> Ops:
+    (flash_module, paged, writer), _ = _MODULES[name]
+    target = _on(name, target)
+    return Ops(
+        name=name,
+        platform=target.platform,
+        reason=reason,
+        allocate=partial(paged.allocate, target=target),
+        page_bytes=paged.page_bytes,
+        kv_write=writer.kv_write,
+        paged_attention=partial(paged.paged_attention, target=target),
+        copy_pages=paged.copy_pages,
+        flash_attention=flash.attention(flash_module, target),
+    )

@@ -8,6 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax
+import pytest
+
+from tests import helpers
 
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
 CACHE.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -18,3 +21,16 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--attention-impl",
+        default="auto",
+        help="attention_impl of the tiny engines: the engine's tests through another kernel "
+        "(pytest tests/engine --attention-impl interpret)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    helpers.ENGINE_DEFAULTS["attention_impl"] = config.getoption("--attention-impl")

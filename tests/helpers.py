@@ -103,17 +103,20 @@ def write_tiny_model(
     return folder
 
 
+ENGINE_DEFAULTS: dict[str, Any] = {
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+    "page_size": 8,
+    "num_pages": 200,
+    "compilation_cache_dir": None,
+    "verbose": False,
+}
+"""What `tiny_llm` passes to LLM; `--attention-impl` adds an entry."""
+
+
 def tiny_llm(folder: Path, **options: Any) -> LLM:
     """An LLM over `write_tiny_model(folder)` with small limits; `options` replace them."""
-    defaults: dict[str, Any] = {
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 64,
-        "page_size": 8,
-        "num_pages": 200,
-        "compilation_cache_dir": None,
-        "verbose": False,
-    }
-    return LLM(str(folder), **{**defaults, **options})
+    return LLM(str(folder), **{**ENGINE_DEFAULTS, **options})
 
 
 def assert_no_leak(llm: LLM) -> None:

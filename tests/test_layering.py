@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampling": {"batch", "jax"},
     "step": {"batch", "sampling", "kv_cache", "models", "jax", "pallas_kernels"},
     "runner": {"step", "batch", "kv_cache", "models", "errors", "jax"},
+    "aot": {"batch", "kv_cache", "models", "step", "weights", "jax", "pallas_kernels"},
     "generate": {
         "batch",
         "bias",

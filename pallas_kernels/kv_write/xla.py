@@ -1,4 +1,4 @@
-"""The write into the XLA layout: one scatter for K, one for V, both in place when donated."""
+"""The write into the XLA layout: a scatter for each array of the pool, in place when donated."""
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,16 @@ def kv_write(pages: Pages, k: jax.Array, v: jax.Array, slots: jax.Array) -> Page
     # A negative index would count from the end; send it out of range instead.
     page = jnp.where(slots < 0, num_pages, slots // page_size)
     offset = slots % page_size
-    stored = pages.k.dtype
+    (new_k, k_scale), (new_v, v_scale) = to_stored(k, pages), to_stored(v, pages)
+
+    def put(pool: jax.Array | None, new: jax.Array | None) -> jax.Array | None:
+        if pool is None or new is None:
+            return None
+        return pool.at[page, :, offset].set(new, mode="drop")
+
     return Pages(
-        k=pages.k.at[page, :, :, offset].set(to_stored(k, stored), mode="drop"),
-        v=pages.v.at[page, :, offset, :].set(to_stored(v, stored), mode="drop"),
+        k=pages.k.at[page, :, :, offset].set(new_k, mode="drop"),
+        v=pages.v.at[page, :, offset, :].set(new_v, mode="drop"),
+        k_scale=put(pages.k_scale, k_scale),
+        v_scale=put(pages.v_scale, v_scale),
     )

@@ -10,14 +10,15 @@
 - A query at position p of its row sees the positions j <= p and, with a window w, only j > p - w.
 - score = scale * q . k; with a soft cap c, c * tanh(score / c); then the mask; softmax in float32.
 - Query head n reads KV head n // G. The output has q's dtype. Tokens of no row give zeros.
-- What is not visible is selected away: NaN in page 0, in unused pages, behind the end of a row and
-  in the queries of padding tokens changes no bit of any other output.
+- Quantised pages hold int8 or fp8 with a float32 scale for each token and head, applied exactly:
+  K's to the scores, V's to the weights. The result is that of attention over data * scale.
+- What is not visible is selected away: NaN in page 0, in unused pages (data and scales), behind
+  the end of a row and in the queries of padding tokens changes no bit of any other output.
 - Page ids outside the pool are clipped into it, never read outside; slots outside are not written.
 - `copy_pages` reads every source before it writes: a page may be both source and destination.
 - Cost follows the real lengths: nothing is computed for pages behind the longest row of a batch.
 """
 
-import math
 from dataclasses import dataclass, field
 
 import jax
@@ -25,6 +26,7 @@ import jax
 from pallas_kernels.common import (
     check_array,
     check_int32,
+    check_options,
     check_positive,
     dtype_name,
 )
@@ -98,15 +100,4 @@ def validate(
         raise ValueError(
             f"ragged.decode_only with {q.shape[0]} tokens and {num_rows} rows; they must be equal"
         )
-    _validate_options(scale, window, soft_cap)
-
-
-def _validate_options(scale: float, window: int | None, soft_cap: float | None) -> None:
-    if not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ValueError(f"scale is {scale!r}; it must be a finite Python float")
-    if window is not None:
-        check_positive("window", window)
-    if soft_cap is not None and not (
-        isinstance(soft_cap, int | float) and math.isfinite(soft_cap) and soft_cap > 0
-    ):
-        raise ValueError(f"soft_cap is {soft_cap!r}; it must be None or a finite float > 0")
+    check_options(scale, window, soft_cap)

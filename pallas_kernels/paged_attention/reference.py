@@ -1,49 +1,45 @@
 """The slowest obvious paged attention: one token at a time over its row's page table, float32.
 
-Owns the layout `[P, page_size, 2 * K, H]`, K at even and V at odd indices of the third axis. A
-bfloat16 pool is copied by every write on CPU under jax 0.10 (its scatter is not in place there).
+A bfloat16 pool is copied by every write on CPU under jax 0.10, an fp8 pool under any jax: their
+scatters are not in place there.
 """
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import MASKED, dtype_name
-from pallas_kernels.paged_attention import Ragged, validate, validate_copy, validate_layout
+from pallas_kernels.common import MASKED, Spec, Target
+from pallas_kernels.paged_attention import Ragged, token_major, validate
+from pallas_kernels.paged_attention.token_major import Pages
+
+page_bytes = token_major.page_bytes
+copy_pages = token_major.copy_pages
 
 
 def allocate(
-    num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: str
-) -> jax.Array:
+    num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: str, *, target: Target
+) -> Pages:
     """Pages of zeros for one layer."""
-    validate_layout(num_pages, page_size, num_kv_heads, head_dim)
-    shape = (num_pages, page_size, 2 * num_kv_heads, head_dim)
-    return jnp.zeros(shape, dtype_name(dtype, "dtype"))
+    return token_major.allocate(num_pages, page_size, num_kv_heads, head_dim, dtype)
 
 
-def page_bytes(page_size: int, num_kv_heads: int, head_dim: int, dtype: str) -> int:
-    """Bytes of one page of one layer."""
-    validate_layout(1, page_size, num_kv_heads, head_dim)
-    return page_size * 2 * num_kv_heads * head_dim * jnp.dtype(dtype_name(dtype, "dtype")).itemsize
-
-
-def copy_pages(pages: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
-    """Page dst[i] becomes what page src[i] was, for every i."""
-    validate_copy(src, dst)
-    return pages.at[dst].set(pages.at[src].get(mode="clip"), mode="drop")
+def unsupported(spec: Spec, target: Target) -> str | None:
+    """Nothing is."""
+    return None
 
 
 def paged_attention(
     q: jax.Array,  # [T, N, H]
-    pages: jax.Array,  # [P, page_size, 2 * K, H]
+    pages: Pages,
     ragged: Ragged,
     *,
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    target: Target,
 ) -> jax.Array:  # [T, N, H]
     """See `pallas_kernels.paged_attention` for the contract."""
-    _, page_size, num_heads_2, head_dim = pages.shape
-    num_kv_heads = num_heads_2 // 2
+    page_size, head_dim = pages.data.shape[1], pages.data.shape[3]
+    num_kv_heads = pages.num_kv_heads
     validate(
         q,
         ragged,
@@ -65,7 +61,11 @@ def paged_attention(
         visible = is_real & (positions <= q_pos)
         if window is not None:
             visible &= positions > q_pos - window
-        kv = pages.at[ragged.page_table[row]].get(mode="clip").astype(jnp.float32)
+        table = ragged.page_table[row]
+        kv = pages.data.at[table].get(mode="clip").astype(jnp.float32)  # [MP, page_size, 2 * K, H]
+        if pages.scales is not None:
+            scales = pages.scales.at[table].get(mode="clip")
+            kv *= scales.transpose(0, 2, 1)[..., None]
         kv = jnp.where(visible[:, None, None], kv.reshape(-1, 2 * num_kv_heads, head_dim), 0.0)
         group = num_heads // num_kv_heads
         k, v = jnp.repeat(kv[:, 0::2], group, axis=1), jnp.repeat(kv[:, 1::2], group, axis=1)

@@ -16,12 +16,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.common import MASKED, dtype_name
+from pallas_kernels.common import (
+    MASKED,
+    PAGE_DTYPES,
+    QUANTISED,
+    Spec,
+    Target,
+    dtype_name,
+    quantise,
+)
 from pallas_kernels.paged_attention import Ragged, validate, validate_copy, validate_layout
 
 # Positions per step of the decode loop and of the tile loop; query tokens per tile. The last
 # few tokens of a row, and the few of a row that verifies a draft, take the small tile.
-DECODE_BLOCK = 128
+DECODE_BLOCK = 64
 TILE_BLOCK = 128
 TILE = 64
 SMALL_TILE = 8
@@ -30,10 +38,22 @@ SMALL_TILE = 8
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Pages:
-    """One layer's pool. bfloat16 is kept as its bits, uint16, where the scatter would copy it."""
+    """One layer's pool; bfloat16 and fp8 as their bits where the scatter would copy them."""
 
     k: jax.Array  # [P, K, H, page_size]
     v: jax.Array  # [P, K, page_size, H]
+    k_scale: jax.Array | None = None  # [P, K, page_size] float32, of quantised pages
+    v_scale: jax.Array | None = None
+
+    @property
+    def dtype(self) -> str:
+        """What the pool holds."""
+        name = self.k.dtype.name
+        return next((held for held, bits in _BITS.items() if bits == name), name)
+
+
+# XLA:CPU copies the whole pool on a scatter of these, even of a donated one (bfloat16: jax 0.10).
+_BITS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
 
 
 @dataclass(frozen=True)
@@ -52,24 +72,29 @@ def allocate(
     head_dim: int,
     dtype: str,
     *,
-    platform: str,
+    target: Target,
 ) -> Pages:
     """Pages of zeros for one layer."""
     validate_layout(num_pages, page_size, num_kv_heads, head_dim)
-    stored = jnp.dtype(dtype_name(dtype, "dtype"))
-    if platform == "cpu" and stored == jnp.bfloat16:
-        # XLA:CPU of jax 0.10 copies the whole pool on a bfloat16 scatter, even a donated one.
-        stored = jnp.dtype(jnp.uint16)
-    return Pages(
+    name = dtype_name(dtype, "dtype", PAGE_DTYPES)
+    stored = _BITS.get(name, name) if target.platform == "cpu" else name
+    pages = Pages(
         k=jnp.zeros((num_pages, num_kv_heads, head_dim, page_size), stored),
         v=jnp.zeros((num_pages, num_kv_heads, page_size, head_dim), stored),
     )
+    if name not in QUANTISED:
+        return pages
+    # Two arrays, not one twice: a donated pool has no buffer twice.
+    k_scale, v_scale = (jnp.zeros((num_pages, num_kv_heads, page_size)) for _ in range(2))
+    return Pages(pages.k, pages.v, k_scale, v_scale)
 
 
 def page_bytes(page_size: int, num_kv_heads: int, head_dim: int, dtype: str) -> int:
-    """Bytes of one page of one layer."""
+    """Bytes of one page of one layer, its scales included."""
     validate_layout(1, page_size, num_kv_heads, head_dim)
-    return page_size * 2 * num_kv_heads * head_dim * jnp.dtype(dtype_name(dtype, "dtype")).itemsize
+    name = dtype_name(dtype, "dtype", PAGE_DTYPES)
+    vector = head_dim * jnp.dtype(name).itemsize + (4 if name in QUANTISED else 0)
+    return page_size * 2 * num_kv_heads * vector
 
 
 def copy_pages(pages: Pages, src: jax.Array, dst: jax.Array) -> Pages:
@@ -80,17 +105,25 @@ def copy_pages(pages: Pages, src: jax.Array, dst: jax.Array) -> Pages:
     )
 
 
-def to_stored(x: jax.Array, stored: jnp.dtype) -> jax.Array:
-    """`x` rounded to what a pool of dtype `stored` holds."""
-    if stored == jnp.uint16:
-        return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
-    return x.astype(stored)
+def unsupported(spec: Spec, target: Target) -> str | None:
+    """Nothing is."""
+    return None
 
 
-def _from_stored(x: jax.Array) -> jax.Array:
-    if x.dtype == jnp.uint16:
-        x = lax.bitcast_convert_type(x, jnp.bfloat16)
-    return x.astype(jnp.float32)
+def to_stored(x: jax.Array, pages: Pages) -> tuple[jax.Array, jax.Array | None]:
+    """`x [..., H]` as `pages` holds it, with its scales `[...]` where they are quantised."""
+    scale = None
+    if pages.k_scale is not None:
+        x, scale = quantise(x, pages.dtype)
+    x = x.astype(pages.dtype)
+    return x if x.dtype == pages.k.dtype else lax.bitcast_convert_type(x, pages.k.dtype), scale
+
+
+def _from_stored(x: jax.Array, held: str) -> jax.Array:
+    """Stored `x` as float32, not scaled."""
+    return (x if x.dtype == held else lax.bitcast_convert_type(x, jnp.dtype(held))).astype(
+        jnp.float32
+    )
 
 
 def paged_attention(
@@ -101,6 +134,7 @@ def paged_attention(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    target: Target,
 ) -> jax.Array:  # [T, N, H]
     """See `pallas_kernels.paged_attention` for the contract."""
     num_kv_heads, head_dim = pages.k.shape[1:3]
@@ -158,18 +192,25 @@ def _decode(
 
     def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest, total, acc = state
-        k, v = _gather(pages, lax.dynamic_slice_in_dim(table, i * block, block, axis=1))
+        kv = _gather(pages, lax.dynamic_slice_in_dim(table, i * block, block, axis=1))
         pos = i * width + jnp.arange(width, dtype=jnp.int32)
         visible = (pos < kv_lens[:, None]) & (pos >= low[:, None])  # [S, C]
-        scores = _cap(jnp.sum(q[..., None] * k[:, :, None], axis=3), options)  # [S, K, G, C]
+        # Not a dot: XLA:CPU would write its result transposed.
+        scores = jnp.sum(q[..., None] * kv.k[:, :, None], axis=3)  # [S, K, G, C]
+        if kv.k_scale is not None:
+            scores *= kv.k_scale[:, :, None]
+        scores = _cap(scores, options)
         seen = visible[:, None, None, :]
         scores = jnp.where(seen, scores, MASKED)
         new = jnp.maximum(largest, jnp.max(scores, axis=-1))
-        weights = jnp.where(seen, jnp.exp(scores - new[..., None]), 0.0)
-        v = jnp.where(visible[:, None, :, None], v, 0.0)
-        product = _einsum("skgc,skch->skgh", weights, v)
+        # Where a row has seen nothing yet these are ones; the next shrink is 0 and takes them away.
+        weights = jnp.exp(scores - new[..., None])
         shrink = jnp.exp(largest - new)
         total = total * shrink + jnp.sum(weights, axis=-1)
+        if kv.v_scale is not None:
+            weights = jnp.where(seen, weights * kv.v_scale[:, :, None], 0.0)
+        v = jnp.where(visible[:, None, :, None], kv.v, 0.0)
+        product = _einsum("skgc,skch->skgh", weights, v)
         return new, total, acc * shrink[..., None] + product
 
     largest = jnp.full(q.shape[:3], MASKED, jnp.float32)
@@ -247,23 +288,26 @@ def _tile(
 
     def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest, total, acc = state
-        k, v = _gather(pages, lax.dynamic_slice_in_dim(table, i * block, block)[None])
-        k, v = k[0], v[0]  # [K, H, C], [K, C, H]
+        ids = lax.dynamic_slice_in_dim(table, i * block, block)
+        kv = jax.tree.map(lambda x: x[0], _gather(pages, ids[None]))
         pos = i * width + jnp.arange(width, dtype=jnp.int32)
         owned = (pos >= low) & (pos < high)
-        v = jnp.where(owned[:, None], v, 0.0)
         visible = owned & (pos <= q_pos_all[:, None]) & is_real[:, None]
         if options.window is not None:
             visible &= pos > q_pos_all[:, None] - options.window
-        scores = _cap(_einsum("kqh,khc->kqc", q, k), options).reshape(
-            num_kv_heads, group, size, width
-        )
+        scores = _einsum("kqh,khc->kqc", q, kv.k)
+        if kv.k_scale is not None:
+            scores *= kv.k_scale[:, None]
+        scores = _cap(scores, options).reshape(num_kv_heads, group, size, width)
         scores = jnp.where(visible, scores, MASKED)
         new = jnp.maximum(largest, jnp.max(scores, axis=-1))
         weights = jnp.where(visible, jnp.exp(scores - new[..., None]), 0.0)
-        product = _einsum("kqc,kch->kqh", weights.reshape(num_kv_heads, group * size, width), v)
         shrink = jnp.exp(largest - new)
         total = total * shrink + jnp.sum(weights, axis=-1)
+        if kv.v_scale is not None:
+            weights = jnp.where(visible, weights * kv.v_scale[:, None, None], 0.0)
+        v = jnp.where(owned[:, None], kv.v, 0.0)
+        product = _einsum("kqc,kch->kqh", weights.reshape(num_kv_heads, group * size, width), v)
         return new, total, acc * shrink[..., None] + product.reshape(acc.shape)
 
     largest = jnp.full((num_kv_heads, group, size), MASKED, jnp.float32)
@@ -274,8 +318,19 @@ def _tile(
     return out.transpose(2, 0, 1, 3)
 
 
-def _gather(pages: Pages, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The pages ids [R, B] as float32 k [R, K, H, C] and v [R, K, C, H], C = B * page_size.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Block:
+    """C positions of R rows, float32; k and v not yet scaled."""
+
+    k: jax.Array  # [R, K, H, C]
+    v: jax.Array  # [R, K, C, H]
+    k_scale: jax.Array | None  # [R, K, C]
+    v_scale: jax.Array | None
+
+
+def _gather(pages: Pages, ids: jax.Array) -> Block:
+    """The pages ids [R, B]; C = B * page_size.
 
     Gathers (page, head) slices: each is contiguous, and v needs no transpose after.
     """
@@ -283,11 +338,19 @@ def _gather(pages: Pages, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     num_rows, block = ids.shape
     ids = jnp.clip(ids, 0, num_pages - 1)
     slices = ids[:, None] * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)[:, None]
-    k = pages.k.reshape(-1, head_dim, page_size).at[slices].get(mode="promise_in_bounds")
-    v = pages.v.reshape(-1, page_size, head_dim).at[slices].get(mode="promise_in_bounds")
-    k = k.transpose(0, 1, 3, 2, 4).reshape(num_rows, num_kv_heads, head_dim, block * page_size)
-    v = v.reshape(num_rows, num_kv_heads, block * page_size, head_dim)
-    return _from_stored(k), _from_stored(v)
+
+    def gather(pool: jax.Array) -> jax.Array:
+        flat = pool.reshape(num_pages * num_kv_heads, *pool.shape[2:])
+        return flat.at[slices].get(mode="promise_in_bounds")  # [R, K, B, ...]
+
+    k = gather(pages.k).transpose(0, 1, 3, 2, 4)
+    k = k.reshape(num_rows, num_kv_heads, head_dim, block * page_size)
+    v = gather(pages.v).reshape(num_rows, num_kv_heads, block * page_size, head_dim)
+    k_scale = v_scale = None
+    if pages.k_scale is not None and pages.v_scale is not None:
+        flat = (num_rows, num_kv_heads, block * page_size)
+        k_scale, v_scale = gather(pages.k_scale).reshape(flat), gather(pages.v_scale).reshape(flat)
+    return Block(_from_stored(k, pages.dtype), _from_stored(v, pages.dtype), k_scale, v_scale)
 
 
 def _cap(scores: jax.Array, options: Options) -> jax.Array:

@@ -1,24 +1,51 @@
-"""The same step lowers for TPU and GPU; compiling it needs only the platform's compiler."""
+"""The same step lowers for CPU, TPU and GPU with the kernel that "auto" takes there. Compiling it
+needs the platform's compiler: `python -m pallas_kernels.aot` does that."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from jaxinfer import kv_cache, models
+from jaxinfer import aot, kv_cache, models
 from jaxinfer.batch import Bucket, Layout
 from jaxinfer.step import step
 from jaxinfer.weights import config_from_hf
-from pallas_kernels import dispatch
+from pallas_kernels import Spec, dispatch
+from pallas_kernels.aot import CHIPS
 from tests.helpers import TINY_CONFIG
 
+MOSAIC_GPU = "mosaic_gpu" if jax.__version_info__ >= (0, 11) else "xla"  # the kernel needs 0.11
+# Kernels ask which chip they are traced for; there is no device to tell them.
+CHIP = {
+    "tpu": AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu"),
+    "cuda": AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu"),
+    "cpu": None,
+}
+KERNEL_CALL = {"tpu": "tpu_custom_call", "mosaic_gpu": "mosaic_gpu"}
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
-def test_the_step_lowers(platform, dtype):
-    ops = dispatch.resolve("auto", platform="gpu" if platform == "cuda" else platform)
-    model = models.build(config_from_hf(TINY_CONFIG, None), ops, dtype)
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "head_dim", "kernel"),
+    [
+        ("cpu", "float32", 8, "xla"),
+        ("cpu", "bfloat16", 64, "xla"),
+        ("tpu", "float32", 8, "tpu"),
+        ("tpu", "bfloat16", 64, "tpu"),
+        ("tpu", "float16", 64, "xla"),
+        ("cuda", "float32", 64, "xla"),
+        ("cuda", "bfloat16", 8, "xla"),
+        ("cuda", "bfloat16", 64, MOSAIC_GPU),
+        ("cuda", "float16", 128, MOSAIC_GPU),
+    ],
+)
+def test_the_step_lowers(platform, dtype, head_dim, kernel):
+    config = config_from_hf({**TINY_CONFIG, "head_dim": head_dim}, None)
+    spec = Spec(config.num_heads, config.num_kv_heads, head_dim, 16, dtype, dtype)
+    ops = dispatch.resolve("auto", platform, spec=spec)
+    assert ops.name == kernel
+    model = models.build(config, ops, dtype)
     pages = jax.eval_shape(partial(kv_cache.allocate, model, 9, 16))
     for bucket in (Bucket(8, 8), Bucket(32, 8)):
         layout = Layout(bucket, pages_per_row=4)
@@ -30,8 +57,22 @@ def test_the_step_lowers(platform, dtype):
             jax.ShapeDtypeStruct((8,), jnp.int32),
             jax.ShapeDtypeStruct((layout.size,), jnp.int32),
         )
-        traced = jax.jit(function, donate_argnames="pages").trace(*arguments)
-        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        with use_abstract_mesh(AbstractMesh((), (), abstract_device=CHIP[platform])):
+            traced = jax.jit(function, donate_argnames="pages").trace(*arguments)
+            text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert all((call in text) == (name == kernel) for name, call in KERNEL_CALL.items())
         # The pool is donated: every one of its arrays names the output that takes its place.
         donated = text.count("tf.aliasing_output") + text.count("jax.buffer_donor")
         assert donated >= len(jax.tree_util.tree_leaves(pages))
+
+
+def test_the_programs_for_chips_fit_them():
+    """What `pallas_kernels.aot` is given: weights and pages within each chip's memory."""
+    memory = {"v5e": 16 << 30, "v6e": 32 << 30, "h200": 141 << 30}
+    for chip in CHIPS:
+        programs = aot.programs(chip)
+        assert len(programs) == (2 if chip in memory else 0)
+        for program in programs:
+            sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(program.args)]
+            assert 0.6 * memory[chip] < sum(sizes) < 0.95 * memory[chip]
+            assert program.donate == ("pages",)

@@ -1,10 +1,12 @@
 """Batches for the kernel tests: what they hold, how they are laid on pages, and what must come out.
 
 A Case is small data; `build` turns it into arrays through the public operations only, so one suite
-serves every page layout. `oracle` is float64 NumPy on the inputs as they were rounded.
+serves every page layout. `oracle` is float64 NumPy on the inputs as they were rounded, and for
+quantised pages on data * scale.
 """
 
 import itertools
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,16 +15,28 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 
-from pallas_kernels import Ops, Ragged
+import pallas_kernels
+from pallas_kernels import Ops, Ragged, Spec
+from pallas_kernels.common import DTYPES, PAGE_DTYPES, QUANTISED, quantise
+
+Choice = dict[str, Any]  # axis -> value
+Pair = tuple[str, Any, str, Any]  # axis, value, later axis, value
 
 AXES: dict[str, tuple[Any, ...]] = {
     "heads": ((3, 3), (6, 2), (8, 2), (16, 2), (5, 1)),  # MHA, GQA 3, 4, 8, MQA
     "head_dim": (16, 64, 128, 256),
-    "dtype": ("float32", "bfloat16", "float16"),
-    "page_size": (8, 16, 64),
+    "dtype": DTYPES,
+    "page_dtype": PAGE_DTYPES,
+    "page_size": (8, 16, 64, 128),
     "mask": ("causal", "window", "soft_cap", "window+soft_cap"),
     "scenario": ("decode", "prefill", "mixed", "verify", "empty", "edges", "shared"),
+}
+# Pages are quantised or have q's dtype.
+EXCLUDED = {
+    ("dtype", dtype, "page_dtype", page_dtype)
+    for dtype, page_dtype in itertools.permutations(DTYPES, 2)
 }
 WINDOW, SOFT_CAP = 19, 1.5
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
@@ -38,12 +52,19 @@ class Case:
     heads: tuple[int, int] = (6, 2)
     head_dim: int = 16
     dtype: str = "float32"
+    page_dtype: str | None = None  # None: as dtype
     page_size: int = 8
     window: int | None = None
     soft_cap: float | None = None
     shared_pages: int = 0  # the first pages of every row are those of row 0
     padding_rows: int = 2
     padding_tokens: int = 3
+
+    @property
+    def spec(self) -> Spec:
+        """What an implementation must be able to do for this case."""
+        page_dtype = self.page_dtype or self.dtype
+        return Spec(*self.heads, self.head_dim, self.page_size, self.dtype, page_dtype)
 
 
 @dataclass
@@ -85,34 +106,46 @@ def scenario(name: str, page_size: int) -> dict[str, Any]:
     }[name]
 
 
-def pairwise() -> list[dict[str, Any]]:
-    """Few combinations of AXES in which every pair of values of two axes stands somewhere."""
-    names = list(AXES)
-    missing = {
-        (a, x, b, y) for a, b in itertools.combinations(names, 2) for x in AXES[a] for y in AXES[b]
-    }
+def pairs_of(choice: Choice) -> set[Pair]:
+    """The pairs of two axes' values that stand in `choice`."""
+    return {(a, choice[a], b, choice[b]) for a, b in itertools.combinations(choice, 2)}
+
+
+def all_pairs(axes: Mapping[str, tuple[Any, ...]], excluded: Collection[Pair] = ()) -> set[Pair]:
+    """The pairs that `pairwise` covers."""
+    return {
+        (a, x, b, y)
+        for a, b in itertools.combinations(axes, 2)
+        for x, y in itertools.product(axes[a], axes[b])
+    } - set(excluded)
+
+
+def pairwise(
+    axes: Mapping[str, tuple[Any, ...]] = AXES, excluded: Collection[Pair] = EXCLUDED
+) -> list[Choice]:
+    """Few choices, of one value from each of `axes`, in which every pair of values of two axes
+    stands somewhere, and no pair of `excluded` anywhere."""
+    missing, excluded = all_pairs(axes, excluded), set(excluded)
     rng = np.random.default_rng(0)
-
-    def pairs(choice: dict[str, Any]) -> set[tuple[Any, ...]]:
-        return {(a, choice[a], b, choice[b]) for a, b in itertools.combinations(names, 2)}
-
     chosen = []
     while missing:
-        seed = min(missing, key=repr)
+        a, x, b, y = min(missing, key=repr)
         candidates = []
-        for _ in range(200):
-            choice = {name: AXES[name][rng.integers(len(AXES[name]))] for name in names}
-            choice[seed[0]], choice[seed[2]] = seed[1], seed[3]
-            candidates.append(choice)
-        best = max(candidates, key=lambda choice: len(pairs(choice) & missing))
-        missing -= pairs(best)
+        while len(candidates) < 100:
+            choice = {name: values[rng.integers(len(values))] for name, values in axes.items()}
+            choice[a], choice[b] = x, y
+            if not pairs_of(choice) & excluded:
+                candidates.append(choice)
+        best = max(candidates, key=lambda choice: len(pairs_of(choice) & missing))
+        missing -= pairs_of(best)
         chosen.append(best)
     return chosen
 
 
 def case_of(choice: dict[str, Any]) -> Case:
     """The Case of one combination of AXES."""
-    plain = {name: choice[name] for name in ("heads", "head_dim", "dtype", "page_size")}
+    names = ("heads", "head_dim", "dtype", "page_dtype", "page_size")
+    plain = {name: choice[name] for name in names}
     return Case(
         **scenario(choice["scenario"], choice["page_size"]),
         **plain,
@@ -183,10 +216,28 @@ def build(case: Case, seed: int = 0) -> Built:
     )
 
 
+def why_not(name: str, spec: Spec) -> str | None:
+    """Why the implementation `name` refuses `spec` on CPU; None when it can do it."""
+    try:
+        pallas_kernels.resolve(name, "cpu", spec=spec)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def need(ops: Ops, spec: Spec) -> None:
+    """Skips the test, with the reason, where `ops` refuses `spec`."""
+    reason = why_not(ops.name, spec)
+    if reason:
+        pytest.skip(reason)
+
+
 def pages_of(ops: Ops, built: Built, fill: str | float) -> Any:
     """The pool of `built`; every slot that holds no token is `fill` ("garbage": N(0, 1))."""
     case = built.case
-    pages = ops.allocate(built.num_pages, case.page_size, case.heads[1], case.head_dim, case.dtype)
+    dtype = case.spec.page_dtype
+    need(ops, case.spec)
+    pages = ops.allocate(built.num_pages, case.page_size, case.heads[1], case.head_dim, dtype)
     shape = (built.num_pages * case.page_size, case.heads[1], case.head_dim)
     if fill == "garbage":
         rng = np.random.default_rng(99)
@@ -232,22 +283,48 @@ def attend(ops: Ops, built: Built, fill: str | float = np.nan) -> np.ndarray:
     return np.asarray(out)
 
 
+def quantised(x: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """What `quantise` gives for `x [..., H]`, both as float64."""
+    flat = x.reshape(-1, x.shape[-1])
+    # Compiled once for each H: the number of vectors is rounded up.
+    padded = np.pad(flat, [(0, -len(flat) % 2**13), (0, 0)])
+    data, scale = (np.asarray(y)[: len(flat)] for y in _quantise(padded, dtype))
+    return data.astype(np.float64).reshape(x.shape), scale.astype(np.float64).reshape(x.shape[:-1])
+
+
+_quantise = jax.jit(quantise, static_argnums=1)
+
+
+def stored(built: Built, x: np.ndarray) -> np.ndarray:
+    """`x [..., H]` as the pages of `built` hold it, float64."""
+    dtype = built.case.spec.page_dtype
+    if dtype not in QUANTISED:
+        return x.astype(np.float64)
+    data, scale = quantised(x, dtype)
+    return data * scale[..., None]
+
+
 def oracle(built: Built) -> np.ndarray:
     """`[T, N, H]` float64: softmax over each row's visible keys; zeros for padding tokens."""
     case = built.case
     out = np.zeros(built.q.shape, np.float64)
     group = case.heads[0] // case.heads[1]
-    for k, v, tokens, (new, kv_len) in zip(built.k, built.v, built.tokens, case.rows, strict=True):
-        for token, q_pos in zip(tokens, range(kv_len - new, kv_len), strict=True):
-            first = 0 if case.window is None else max(0, q_pos - case.window + 1)
-            for head in range(case.heads[0]):
-                keys = k[first : q_pos + 1, head // group].astype(np.float64)
-                scores = keys @ built.q[token, head].astype(np.float64) * case.head_dim**-0.5
-                if case.soft_cap is not None:
-                    scores = case.soft_cap * np.tanh(scores / case.soft_cap)
-                weights = np.exp(scores - scores.max())
-                values = v[first : q_pos + 1, head // group].astype(np.float64)
-                out[token, head] = weights @ values / weights.sum()
+    ends = np.cumsum([len(k) for k in built.k])[:-1]
+    ks, vs = (np.split(stored(built, np.concatenate(x)), ends) for x in (built.k, built.v))
+    for k, v, tokens, (new, kv_len) in zip(ks, vs, built.tokens, case.rows, strict=True):
+        positions, q_pos = np.arange(kv_len), np.arange(kv_len - new, kv_len)[:, None]
+        visible = positions <= q_pos
+        if case.window is not None:
+            visible &= positions > q_pos - case.window
+        for head in range(case.heads[1]):
+            heads = slice(head * group, (head + 1) * group)
+            q = built.q[tokens, heads].astype(np.float64)  # [new, G, H]
+            scores = q @ k[:, head].T * case.head_dim**-0.5
+            if case.soft_cap is not None:
+                scores = case.soft_cap * np.tanh(scores / case.soft_cap)
+            scores = np.where(visible[:, None], scores, -np.inf)
+            weights = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-1e9))
+            out[tokens, heads] = weights @ v[:, head] / weights.sum(axis=-1, keepdims=True)
     return out
 
 

@@ -2,18 +2,23 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 import pallas_kernels
+from pallas_kernels import Spec, dispatch
+from pallas_kernels.common import Target
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-def test_auto_is_xla_everywhere(platform: str):
+@pytest.mark.parametrize("platform", dispatch.PLATFORMS)
+def test_auto_takes_the_fastest(platform: str):
     ops = pallas_kernels.resolve("auto", platform)
-    assert (ops.name, ops.platform) == ("xla", platform)
-    assert platform in ops.reason
+    assert (ops.name, ops.platform) == (dispatch._AUTO[platform][0], platform)
+    assert ops.reason == f"the fastest there is on {platform}"
+    assert dispatch._AUTO["cpu"] == ("xla",)
 
 
 def test_the_platform_is_jax_s_own_by_default():
@@ -21,7 +26,7 @@ def test_the_platform_is_jax_s_own_by_default():
     assert pallas_kernels.resolve("xla", "cuda") is pallas_kernels.resolve("xla", "gpu")
 
 
-@pytest.mark.parametrize("name", pallas_kernels.IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", pallas_kernels.available("cpu"))
 def test_asked_for_is_given_and_is_one_hashable_object(name: str):
     ops = pallas_kernels.resolve(name, "cpu")
     assert ops.name == name
@@ -29,10 +34,11 @@ def test_asked_for_is_given_and_is_one_hashable_object(name: str):
     assert len({ops, pallas_kernels.resolve(name, "cpu")}) == 1
 
 
-@pytest.mark.parametrize("name", ["tpu", "mosaic_gpu", "triton", "interpret", "", "XLA"])
+@pytest.mark.parametrize("name", ["metal", "triton", "", "XLA"])
 def test_what_does_not_exist_is_refused_with_a_list(name: str):
-    with pytest.raises(ValueError, match=r"impl is .*; allowed: auto, reference, xla"):
-        pallas_kernels.resolve(name, "tpu")
+    allowed = ", ".join(("auto", *pallas_kernels.available("cpu")))
+    with pytest.raises(ValueError, match=f"impl is {name!r}, which does not exist; .*: {allowed}"):
+        pallas_kernels.resolve(name, "cpu")
 
 
 def test_an_unknown_platform_is_refused():
@@ -40,13 +46,75 @@ def test_an_unknown_platform_is_refused():
         pallas_kernels.resolve("auto", "metal")
 
 
-def test_bfloat16_is_kept_as_bits_on_cpu_only():
+SPEC = Spec(8, 2, 64, 16, "float32", "float32")
+WIDE = replace(SPEC, head_dim=128)
+
+
+def _refuse_wide_heads(spec: Spec, target: Target) -> str | None:
+    if spec.head_dim > 64:
+        return f"head_dim is {spec.head_dim}; on {target.device_kind} it must be <= 64"
+    return None
+
+
+@pytest.fixture
+def chip(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """A chip of kind gpu with an implementation "narrow" that cannot do every head dim, before
+    "xla" in what auto takes there. Each test has its own: what is resolved once is remembered."""
+    flash, paged, write = dispatch._MODULES["xla"][0]
+    fake = SimpleNamespace(**{**vars(paged), "unsupported": _refuse_wide_heads})
+    monkeypatch.setitem(dispatch._MODULES, "narrow", ((flash, fake, write), ("gpu",)))
+    monkeypatch.setitem(dispatch._AUTO, "gpu", ("narrow", "xla"))
+    return request.node.name
+
+
+def test_auto_takes_the_first_that_can_and_says_why(chip: str):
+    ops = pallas_kernels.resolve("auto", "gpu", spec=SPEC, device_kind=chip)
+    assert (ops.name, ops.reason) == ("narrow", "the fastest there is on gpu")
+    ops = pallas_kernels.resolve("auto", "gpu", spec=WIDE, device_kind=chip)
+    assert ops.name == "xla"
+    assert f"not narrow: head_dim is 128; on {chip} it must be <= 64" in ops.reason
+
+
+def test_asked_for_and_not_able_is_an_error(chip: str):
+    with pytest.raises(ValueError, match=r"'narrow' cannot do this: head_dim is 128; .* <= 64"):
+        pallas_kernels.resolve("narrow", "gpu", spec=WIDE, device_kind=chip)
+    ops = pallas_kernels.resolve("narrow", "gpu", spec=SPEC, device_kind=chip)
+    assert ops.reason == "asked for"
+    # Without a spec only the platform decides.
+    assert pallas_kernels.resolve("narrow", "gpu", device_kind=chip).name == "narrow"
+    with pytest.raises(ValueError, match="impl is 'narrow', which runs on gpu; allowed on cpu"):
+        pallas_kernels.resolve("narrow", "cpu")
+
+
+def test_nothing_can_do_it_names_everything_tried(chip: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(dispatch._AUTO, "gpu", ("narrow",))
+    with pytest.raises(ValueError, match="nothing on gpu can do this: not narrow: head_dim is 128"):
+        pallas_kernels.resolve("auto", "gpu", spec=WIDE, device_kind=chip)
+
+
+def test_a_chip_is_part_of_the_question():
+    one, other = (
+        pallas_kernels.resolve("xla", "tpu", device_kind=kind) for kind in ("TPU v5e", "TPU v6e")
+    )
+    assert one is not other
+    assert one is pallas_kernels.resolve("xla", "tpu", device_kind="TPU v5e")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "on_cpu"),
+    [
+        ("bfloat16", {"uint16"}),
+        ("float8_e4m3fn", {"uint8", "float32"}),
+        ("int8", {"int8", "float32"}),
+    ],
+)
+def test_what_xla_copies_on_cpu_is_kept_as_bits_there(dtype: str, on_cpu: set[str]):
     def dtypes(platform: str) -> set[str]:
         ops = pallas_kernels.resolve("xla", platform)
-        return {leaf.dtype.name for leaf in jax.tree.leaves(ops.allocate(2, 8, 1, 8, "bfloat16"))}
+        return {leaf.dtype.name for leaf in jax.tree.leaves(ops.allocate(2, 8, 1, 8, dtype))}
 
-    assert dtypes("cpu") == {"uint16"}
-    assert dtypes("gpu") == dtypes("tpu") == {"bfloat16"}
+    assert dtypes("cpu") == on_cpu
+    assert dtypes("gpu") == dtypes("tpu") == {dtype} | on_cpu - {"uint8", "uint16"}
 
 
 def test_the_package_stands_alone():
