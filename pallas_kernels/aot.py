@@ -64,9 +64,9 @@ def chosen(args: argparse.Namespace) -> list[tuple[str, str]]:
     return [
         (chip, name)
         for chip in names
-        for name in programs_for(chip)
+        for name, program in programs_for(chip).items()
         if (args.op or "") in name
-        and (args.match or "") in name
+        and (args.match or "") in f"{name} {program.note}"
         and (not args.impl or name.startswith(f"{args.impl}/"))
     ]
 
@@ -210,7 +210,7 @@ def parser() -> argparse.ArgumentParser:
     add("--chip", action="append", choices=list(CHIPS), help="only this chip; may be repeated")
     add("--op", choices=aot_cases.OPS, help="only this operation")
     add("--impl", choices=list(aot_cases.IMPLEMENTATIONS), help="only this implementation")
-    add("--match", metavar="TEXT", help="only programs whose names contain TEXT")
+    add("--match", metavar="TEXT", help="only programs whose names or notes contain TEXT")
     add("--jobs", type=int, default=2, metavar="N", help="compiler processes (default: 2)")
     add("--json", type=Path, metavar="FILE", help="write the results there too")
     add("--list", action="store_true", help="name the programs and compile nothing")

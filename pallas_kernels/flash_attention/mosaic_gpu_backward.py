@@ -23,7 +23,8 @@ from pallas_kernels.flash_attention.mosaic_gpu_blocks import (
     check,
     pad_axis,
 )
-from pallas_kernels.flash_attention.mosaic_gpu_gradients import Dkv, Dq, Shape
+from pallas_kernels.flash_attention.mosaic_gpu_gradients import Dkv, Dq
+from pallas_kernels.flash_attention.mosaic_gpu_streams import Shape
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,18 @@ def backward(
             shape, c.dkv_block_kv, c.dkv_block_q, c.dkv_stages, c.dkv_stages_do, bool(c.dkv_halves)
         ),
     )
-    results = [_launch(x, operands, lse, delta, mask, target) for x in kernels]
+    bodies = (kernels[0].flash_attention_dq, kernels[1].flash_attention_dkv)  # names in profiles
+    results = [
+        _launch(kernel, body, operands, lse, delta, mask, target)
+        for kernel, body in zip(kernels, bodies, strict=True)
+    ]
     dq, dk, dv = (x for part in results for x in part)
     return dq[:, : q.shape[1]], dk[:, : k.shape[1]], dv[:, : v.shape[1]]
 
 
 def _launch(
     kernel: Any,
+    body: Any,
     operands: list[jax.Array],
     lse: jax.Array,
     delta: jax.Array,
@@ -137,7 +143,7 @@ def _launch(
     like = operands[kernel.side]
     interpret = {"interpret": target.interpret} if target.interpret else {}
     return plgpu.kernel(
-        kernel.body,
+        body,
         out_type=[jax.ShapeDtypeStruct(like.shape, like.dtype)] * kernel.num_results,
         scratch_types=kernel.scratch(),
         grid=(kernel.num_tiles,),

@@ -165,8 +165,8 @@ def seen(
     """Which pairs of a block are visible: those for which all of the results hold.
 
     `q_pos` and `kv_pos` are the positions of its first query and key, queries lie along `q_axis`;
-    `kv_len` is None where keys past the end need no mask (q_axis 1: it is not looked at); `segments` are the ids of its queries
-    and keys, in the layouts of their axes.
+    `kv_len` is None where keys past the end need no mask (with q_axis 1 it is not looked at);
+    `segments` are the ids of its queries and keys, in the layouts of their axes.
     """
     # Bounds lie along the rows and columns are compared with them: two registers for each bound,
     # one comparison for each pair.

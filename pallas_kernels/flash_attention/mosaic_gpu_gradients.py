@@ -15,127 +15,22 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.flash_attention import Options
 from pallas_kernels.flash_attention.mosaic_gpu_blocks import (
     COLUMNS,
-    ROWS,
-    divmod_by,
-    exponent,
-    logits,
-    masked,
     rows_of,
     seen,
-    side_by_side,
     tiled,
 )
-
-_INPUTS = ("q", "k", "v", "do", "lse", "delta", "ranges", "q_offset", "q_segments", "kv_segments")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What both kernels know of the call."""
-
-    batch: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    q_len: int
-    kv_len: int
-    dtype: str
-    segments: bool
-    interpret: bool
-    wgs: int
-    options: Options
-
-    @property
-    def group(self) -> int:
-        return self.num_heads // self.num_kv_heads
-
-    def place(self, tiles: int, heads: int, length: int) -> tuple[Any, Any, Any]:
-        """(row, head, tile) of this CTA, tiles in order of time: sections of heads whose streamed
-        operands (`length` rows for each) fit the L2 cache run side by side."""
-        side = side_by_side(self.batch * heads, 2 * length * self.head_dim)
-        part, index = divmod_by(lax.axis_index("tile"), side * tiles)
-        tile, lane = divmod_by(index, side)
-        row, head = divmod_by(part * side + lane, heads)
-        return row, head, tile
-
-    def probabilities(self, s: jax.Array, lse: jax.Array, axis: int, visible: tuple[jax.Array, ...]) -> Any:
-        """P of a block of q . k, and P times the derivative of the soft cap. `lse` is in units of
-        log2 and lies along `axis`."""
-        x = logits(s, self.options)
-        exponents = x * exponent(self.options) - lax.broadcast_in_dim(lse, s.shape, [axis])
-        p = jnp.exp2(masked(exponents, visible))
-        return p, p if self.options.soft_cap is None else p * (1.0 - x * x)
-
-    def roles(self, compute: Any, copy: Any) -> None:
-        """Runs one of them: the last warpgroup copies."""
-        wg = lax.axis_index("wg")
-
-        @pl.when(wg < self.wgs)
-        def _() -> None:
-            plgpu.set_max_registers(240 if self.wgs == 2 else 232, action="increase")
-            compute(wg)
-
-        @pl.when(wg == self.wgs)
-        def _() -> None:
-            plgpu.set_max_registers(24 if self.wgs == 2 else 40, action="decrease")
-            copy()
-
-
-class Ring:
-    """Blocks on their way through shared memory, as one side of the ring sees them."""
-
-    def __init__(self, full: Any, free: Any, stages: int):
-        self.full = full
-        self.free = free
-        self.stages = stages
-
-    def slot(self, count: Any) -> jax.Array:
-        return lax.rem(count, jnp.int32(self.stages))
-
-    def fetch(self, count: jax.Array, pairs: list[tuple[Any, Any]]) -> None:
-        """Copies (source, stages) pairs into the slot of the count-th block."""
-        slot = self.slot(count)
-
-        @pl.when(count >= self.stages)
-        def _() -> None:
-            plgpu.barrier_wait(self.free.at[slot])
-
-        for source, stages in pairs:
-            plgpu.copy_gmem_to_smem(source, stages.at[slot], self.full.at[slot])
-
-    def wait(self, count: Any) -> None:
-        plgpu.barrier_wait(self.full.at[self.slot(count)])
-
-    def release(self, count: Any) -> None:
-        plgpu.barrier_arrive(self.free.at[self.slot(count)])
-
-    def drain(self, count: jax.Array) -> None:
-        """Waits for what was released last, after `count` blocks: no barrier keeps an arrival."""
-        for slot in range(self.stages):
-
-            @pl.when(count > slot)
-            def _(slot: int = slot) -> None:
-                plgpu.barrier_wait(self.free.at[slot])
-
-
-def walk(ranges: list[jax.Array], heads: int, run: Any) -> None:
-    """`run(j, head, block, mask)` for the j-th block: those with a mask of every head, then the
-    rest. Two flat loops: each one more, or one around them, costs registers."""
-    first, first_full, end_full, end = ranges
-    before = first_full - first
-    done = jnp.int32(0)
-    for count, mask in ((before + end - end_full, True), (end_full - first_full, False)):
-
-        @pl.loop(0, heads * count)
-        def _(i: jax.Array, count=count, mask=mask, done=done) -> None:
-            head, index = (lax.div(i, count), lax.rem(i, count)) if heads > 1 else (0, i)
-            start = jnp.where(index < before, first, end_full - before) if mask else first_full
-            run(done + i, head, start + index, mask)
-
-        done = heads * count
+from pallas_kernels.flash_attention.mosaic_gpu_streams import (
+    INPUTS,
+    Ring,
+    Shape,
+    operand_of,
+    share,
+    store,
+    vector,
+    walk,
+)
 
 
 @dataclass(frozen=True)
@@ -156,8 +51,16 @@ class Dq:
         return self.shape.head_dim < 256
 
     @property
+    def halves(self) -> bool:
+        """Whether both warpgroups have the same queries, and each its half of the head dim: S and
+        dP are multiplied twice, but at 256 these options need the registers."""
+        options, shape = self.shape.options, self.shape
+        more = options.soft_cap is not None or options.window is not None or shape.segments
+        return more and shape.head_dim == 256 and shape.wgs == 2
+
+    @property
     def q_block(self) -> int:
-        return self.shape.wgs * self.block_q
+        return self.block_q if self.halves else self.shape.wgs * self.block_q
 
     @property
     def kv_block(self) -> int:
@@ -185,22 +88,25 @@ class Dq:
             "v_full": plgpu.Barrier(num_barriers=self.stages_v),
             "v_free": plgpu.Barrier(num_arrivals=shape.wgs, num_barriers=self.stages_v),
         }
+        if self.halves:
+            scratch["finished"] = plgpu.Barrier(num_arrivals=shape.wgs)
         if segments:
             scratch["kv_segments"] = plgpu.SMEM((self.stages, self.block_kv), jnp.int32)
         if shape.interpret:  # the interpreter has no wgmma with its left side in registers
-            scratch["ds"] = tiled(self.q_block, self.block_kv, dtype=dtype)
+            scratch["ds"] = tiled(shape.wgs * self.block_q, self.block_kv, dtype=dtype)
         return scratch
 
-    def body(self, *refs: Any, **smem: Any) -> None:
+    def flash_attention_dq(self, *refs: Any, **smem: Any) -> None:
         shape, block_kv = self.shape, self.block_kv
         *inputs, dq = refs
-        gmem = dict(zip(_INPUTS, inputs, strict=False))
+        gmem = dict(zip(INPUTS, inputs, strict=False))
         row, head, early = shape.place(self.tiles, shape.num_heads, 2 * shape.kv_len)
         tile = self.tiles - 1 - early  # causal: the last rows have most to do
         ranges = [gmem["ranges"][row, tile, i] for i in range(4)]
         ring_k = Ring(smem["k_full"], smem["k_free"], self.stages)
         ring_v = Ring(smem["v_full"], smem["v_free"], self.stages_v)
         count = ranges[3] - ranges[0]
+        at_end = shape.options.window is None and not shape.segments
 
         def copy() -> None:
             rows = pl.ds(tile * self.q_block, self.q_block)
@@ -217,23 +123,25 @@ class Dq:
                 ring_k.fetch(j, pairs)
                 ring_v.fetch(j, [(gmem["v"].at[row, keys, kv_head], smem["v"])])
 
-            walk(ranges, 1, fetch)
+            walk(ranges, 1, fetch, at_end=at_end)
             ring_k.drain(count)
             ring_v.drain(count)
 
         def compute(wg: jax.Array) -> None:
             mine = pl.ds(wg * self.block_q, self.block_q)
-            rows = pl.ds(tile * self.q_block + wg * self.block_q, self.block_q)
-            q_pos = gmem["q_offset"][row] + tile * self.q_block + wg * self.block_q
-            lse, delta = (_vector(gmem[x].at[row, head, rows]) for x in ("lse", "delta"))
-            q_segments = _vector(gmem["q_segments"].at[row, rows]) if shape.segments else None
+            part, dims = share(self.halves, wg, shape.head_dim)
+            first_row = tile * self.q_block + part * self.block_q
+            rows = pl.ds(first_row, self.block_q)
+            q_pos = gmem["q_offset"][row] + first_row
+            lse, delta = (vector(gmem[x].at[row, head, rows]) for x in ("lse", "delta"))
+            q_segments = vector(gmem["q_segments"].at[row, rows]) if shape.segments else None
             plgpu.barrier_wait(smem["rows_full"])
             acc = plgpu.ACC((self.block_q, block_kv), jnp.float32)
 
             def step(dq_ref: Any, j: jax.Array, block: jax.Array, *, mask: bool) -> None:
                 k = smem["k"].at[ring_k.slot(j)]
                 v = smem["v"].at[ring_v.slot(j)]
-                q, do = (rows_of(smem[x], wg, self.block_q) for x in ("q", "do"))
+                q, do = (rows_of(smem[x], part, self.block_q) for x in ("q", "do"))
 
                 def run(s_ref: Any, dp_ref: Any) -> jax.Array:
                     ring_k.wait(j)
@@ -265,7 +173,7 @@ class Dq:
                     return p * (dp - lax.broadcast_in_dim(delta, s.shape, [0]))
 
                 ds = pl.run_scoped(run, acc, acc)
-                plgpu.wgmma(dq_ref, operand_of(shape, smem, "ds", mine, ds), k)
+                plgpu.wgmma(dq_ref, operand_of(shape, smem, "ds", mine, ds), k.at[:, dims])
                 if not self.defers:
                     plgpu.wgmma_wait(0)
                     ring_k.release(j)
@@ -274,16 +182,15 @@ class Dq:
                 def run(j: jax.Array, _: Any, block: jax.Array, mask: bool) -> None:
                     step(dq_ref, j, block, mask=mask)
 
-                walk(ranges, 1, run)
+                walk(ranges, 1, run, at_end=at_end)
                 return dq_ref[...]
 
-            result = pl.run_scoped(steps, plgpu.ACC((self.block_q, shape.head_dim), jnp.float32))
+            result = pl.run_scoped(steps, plgpu.ACC((self.block_q, dims.size), jnp.float32))
             if self.defers:
                 ring_k.release(count - 1)
-            _store(
-                [(result * shape.options.scale, smem["q"].at[mine], dq.at[row, rows, head])],
-                shape.dtype,
-            )
+            staging = smem["q"].at[pl.ds(part * self.block_q, self.block_q)]
+            destination = dq.at[row, rows, head]
+            store([(result * shape.options.scale, staging, destination)], smem, wg, dims)
 
         shape.roles(compute, copy)
 
@@ -348,10 +255,10 @@ class Dkv:
                 scratch[name] = tiled(shape.wgs * self.block_kv, block_q, dtype=dtype)
         return scratch
 
-    def body(self, *refs: Any, **smem: Any) -> None:
+    def flash_attention_dkv(self, *refs: Any, **smem: Any) -> None:
         shape = self.shape
         inputs, results = refs[: -self.num_results], refs[-self.num_results :]
-        gmem = dict(zip(_INPUTS, inputs, strict=False))
+        gmem = dict(zip(INPUTS, inputs, strict=False))
         # Causal: the first keys have most to do.
         place = shape.place(self.tiles, shape.num_kv_heads, 2 * shape.q_len * shape.group)
         row, kv_head, tile = place
@@ -387,12 +294,10 @@ class Dkv:
 
         def compute(wg: jax.Array) -> None:
             mine = pl.ds(wg * self.block_kv, self.block_kv)
-            part = jnp.int32(0) if self.halves else wg  # of the tile's keys
+            part, dims = share(self.halves, wg, shape.head_dim)
             kv_pos = tile * self.kv_block + part * self.block_kv
             keys = pl.ds(kv_pos, self.block_kv)
-            width = shape.head_dim // 2 if self.halves else shape.head_dim
-            dims = pl.ds(wg * width if self.halves else 0, width)
-            kv_segments = _vector(gmem["kv_segments"].at[row, keys]) if shape.segments else None
+            kv_segments = vector(gmem["kv_segments"].at[row, keys]) if shape.segments else None
             plgpu.barrier_wait(smem["rows_full"])
 
             def step(
@@ -402,12 +307,19 @@ class Dkv:
                 q, do = smem["q"].at[slot], smem["do"].at[slot_do]
                 k, v = (rows_of(smem[x], part, self.block_kv) for x in ("k", "v"))
 
-                def run(s_ref: Any, dp_ref: Any) -> None:
+                # At 256, a mask or a soft cap needs the registers of dP.
+                beside = shape.head_dim < 256 or not (mask or shape.options.soft_cap)
+
+                def start_dp(dp_ref: Any) -> None:
+                    plgpu.wgmma(dp_ref, v, plgpu.transpose_ref(do, (1, 0)))
+
+                def run(s_ref: Any, *dp_ref: Any) -> None:
                     ring_q.wait(j)
                     plgpu.wgmma(s_ref, k, plgpu.transpose_ref(q, (1, 0)))
                     ring_do.wait(j)
-                    plgpu.wgmma(dp_ref, v, plgpu.transpose_ref(do, (1, 0)))
-                    s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+                    if beside:
+                        start_dp(*dp_ref)
+                    s = plgpu.wgmma_accumulator_load(s_ref, wait_n=int(beside))
 
                     if self.defers:
 
@@ -430,16 +342,22 @@ class Dkv:
                         )  # fmt: skip
                     lse = plgpu.load(smem["lse"].at[slot], layout=COLUMNS)
                     p, slope = shape.probabilities(s, lse, 1, visible)
-                    left = operand_of(shape, smem, "p", mine, p)
-                    plgpu.wgmma(dv_ref, left, do.at[:, dims])
-                    dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
-                    delta = plgpu.load(smem["delta"].at[slot_do], layout=COLUMNS)
-                    ds = slope * (dp - lax.broadcast_in_dim(delta, s.shape, [1]))
-                    left = operand_of(shape, smem, "ds", mine, ds)
-                    plgpu.wgmma(dk_ref, left, q.at[:, dims])
+
+                    def finish(dp_ref: Any) -> None:
+                        if not beside:
+                            start_dp(dp_ref)
+                        left = operand_of(shape, smem, "p", mine, p)
+                        plgpu.wgmma(dv_ref, left, do.at[:, dims])
+                        dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
+                        delta = plgpu.load(smem["delta"].at[slot_do], layout=COLUMNS)
+                        ds = slope * (dp - lax.broadcast_in_dim(delta, s.shape, [1]))
+                        left = operand_of(shape, smem, "ds", mine, ds)
+                        plgpu.wgmma(dk_ref, left, q.at[:, dims])
+
+                    finish(*dp_ref) if beside else pl.run_scoped(finish, acc)
 
                 acc = plgpu.ACC((self.block_kv, self.block_q), jnp.float32)
-                pl.run_scoped(run, acc, acc)
+                pl.run_scoped(run, *[acc] * (1 + beside))
                 if not self.defers:
                     plgpu.wgmma_wait(1)
                     ring_do.release(j)
@@ -453,59 +371,14 @@ class Dkv:
                 walk(ranges, shape.group, run)
                 return dk_ref[...], dv_ref[...]
 
-            acc = plgpu.ACC((self.block_kv, width), jnp.float32)
+            acc = plgpu.ACC((self.block_kv, dims.size), jnp.float32)
             dk, dv = pl.run_scoped(steps, acc, acc)
             if self.defers:
                 ring_q.release(total - 1)
                 ring_do.release(total - 1)
-            values = {"k": dk * shape.options.scale, "v": dv}
-            rows = pl.ds(part * self.block_kv, self.block_kv)
-            staging = {name: smem[name].at[rows] for name in values}
-            targets = {name: x.at[row, keys, kv_head] for name, x in zip("kv", results, strict=True)}
-            if not self.halves:
-                _store([(values[x], staging[x], targets[x]) for x in values], shape.dtype)
-                return
-
-            def both_finished() -> None:
-                plgpu.barrier_arrive(smem["finished"])
-                plgpu.barrier_wait(smem["finished"])
-
-            both_finished()  # the other half still reads K and V, which make room for the results
-            for name, x in values.items():
-                staging[name].at[:, dims][...] = x.astype(shape.dtype)
-            plgpu.commit_smem()
-            both_finished()
-            for i, name in enumerate(values):
-
-                @pl.when(wg == i)
-                def _(name: str = name) -> None:
-                    plgpu.copy_smem_to_gmem(staging[name], targets[name])
-
-            plgpu.wait_smem_to_gmem(0)
+            staging = [smem[x].at[pl.ds(part * self.block_kv, self.block_kv)] for x in "kv"]
+            targets = [x.at[row, keys, kv_head] for x in results]
+            values = (dk * shape.options.scale, dv)
+            store(list(zip(values, staging, targets, strict=True)), smem, wg, dims)
 
         shape.roles(compute, copy)
-
-
-def _vector(ref: Any) -> jax.Array:
-    """A vector along the rows of accumulators, from global memory."""
-    return plgpu.load(ref, layout=ROWS, optimized=False)
-
-
-def operand_of(shape: Shape, smem: Any, name: str, mine: Any, x: jax.Array) -> Any:
-    """`x` as the left side of wgmma: registers, or shared memory for the interpreter."""
-    x = x.astype(shape.dtype)
-    if not shape.interpret:
-        return x
-    smem[name].at[mine][...] = x
-    plgpu.commit_smem()
-    return smem[name].at[mine]
-
-
-def _store(pairs: list[tuple[jax.Array, Any, Any]], dtype: str) -> None:
-    """Each (values, shared memory that is free by now, destination)."""
-    for x, staging, _ in pairs:
-        staging[...] = x.astype(dtype)
-    plgpu.commit_smem()
-    for _, staging, destination in pairs:
-        plgpu.copy_smem_to_gmem(staging, destination)
-    plgpu.wait_smem_to_gmem(0)

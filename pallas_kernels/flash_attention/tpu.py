@@ -98,7 +98,7 @@ def _kernel(tiles: Tiles, options: Options, num_tables: int, *refs: Any) -> None
     rest, q_ids_ref, kv_ids_ref, q_ids_column = segment_refs(rest, 5)
     out_ref, lse_ref, most_ref, total_ref, acc_ref = rest
     b, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    _, first, last, *_ = tables
+    first, last = tables[1:3]
     row = b * tiles.q_blocks + i
     block = first[row] + step
     pair = Pair.of(tiles, options, tables, b, i, block)

@@ -128,7 +128,7 @@ def _queries_kernel(tiles: Tiles, options: Options, num_tables: int, *refs: Any)
     rest, q_ids_ref, kv_ids_ref, q_ids_column = segment_refs(rest, 4)
     dq_ref, lse_column, delta_column, acc_ref = rest
     b, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    _, first, last, *_ = tables
+    first, last = tables[1:3]
     row = b * tiles.q_blocks + i
     block = first[row] + step
     pair = Pair.of(tiles, options, tables, b, i, block)
@@ -206,15 +206,19 @@ def _keys(
 
     def tile(b: Any, j: Any, step: Any, tables: Any) -> tuple[Any, Any]:
         """The part of the group and the block of queries to have in memory at a step."""
-        _, first, last, *_ = tables
+        first, last = tables[1:3]
         row = b * tiles.kv_blocks + j
         part, block = lax.div(step, steps), first[row] + lax.rem(step, steps)
         # After the last that sees these keys comes the next part, or the next block of keys.
+        # The last block of keys keeps what it has.
         over = block > last[row]
         ends = over & (part == tiles.parts - 1)
+        stays = ends & (j == tiles.kv_blocks - 1)
         following = b * tiles.kv_blocks + jnp.minimum(j + 1, tiles.kv_blocks - 1)
-        block = jnp.where(over, jnp.where(ends, first[following], first[row]), block)
-        return jnp.where(ends, 0, jnp.where(over, part + 1, part)), block
+        after = jnp.where(ends, first[following], first[row])
+        after = jnp.where(stays, jnp.maximum(last[row], 0), after)
+        part = jnp.where(over, jnp.where(ends, jnp.where(stays, part, 0), part + 1), part)
+        return part, jnp.where(over, after, block)
 
     def q_index(b: Any, n: Any, j: Any, step: Any, *tables: Any) -> tuple[Any, ...]:
         part, block = tile(b, j, step, tables)
@@ -275,7 +279,7 @@ def _keys_kernel(tiles: Tiles, options: Options, steps: int, num_tables: int, *r
     rest, q_ids_ref, kv_ids_ref, kv_ids_column = segment_refs(rest, 4)
     dk_ref, dv_ref, dk_acc, dv_acc = rest
     b, j, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    _, first, last, *_ = tables
+    first, last = tables[1:3]
     row = b * tiles.kv_blocks + j
     block = first[row] + lax.rem(step, steps)
     pair = Pair.of(tiles, options, tables, b, block, j)

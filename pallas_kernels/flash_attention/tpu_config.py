@@ -113,8 +113,17 @@ def _small(target: Target) -> bool:
 def forward_config(target: Target, dtype: Any, head_dim: int, group: int) -> ForwardConfig:
     """The tuned blocks, else the rule.
 
-    512 rows keep the matrix unit busy while the vector units work on the piece before, and 2048
-    keys at a time make the pipeline between pieces long enough.
+    512 rows keep the matrix unit busy while the vector units work on the piece before; with four
+    pieces in a block the ends of that overlap weigh little. Bundles of the compiler's schedule for
+    an unmasked block of 512 rows, 2048 keys, bfloat16, and the cycles its products occupy the
+    matrix units (v5e: 4 of 128 x 128, a row a cycle; v6e: 2 of 256 x 256, two rows a cycle):
+
+        head_dim   v5e bundles  cycles   v6e bundles  cycles
+        64              3999     4096         2518     2048
+        128             4007     4096         2521     2048
+        256             7755     8192         2648     2048
+
+    Below 128 and 256 wide a head leaves part of the array idle, so the cycles do not fall with it.
     """
     check_dtype(dtype)
     name = dtype_name(dtype, "q.dtype")

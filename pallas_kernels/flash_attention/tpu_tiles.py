@@ -239,12 +239,13 @@ def query_specs(
     return q_spec, kv_spec, row_spec, segment_specs if has_segments else []
 
 
-def fetched_block(tables: Any, row: jax.Array, next_row: jax.Array, step: jax.Array) -> jax.Array:
+def fetched_block(tables: Any, row: Any, next_row: Any, step: Any) -> Any:
     """The block to have in memory at a step: the row's own as long as it sees more; after that the
-    first of the next row, so that it is fetched early, and once."""
-    _, first, last, *_ = tables
+    first of the next row, so that it is fetched early, and once. The last row keeps its last."""
+    first, last = tables[1:3]
     block = first[row] + step
-    return jnp.where(block <= last[row], block, first[next_row])
+    after = jnp.where(next_row == row, jnp.maximum(last[row], 0), first[next_row])
+    return jnp.where(block <= last[row], block, after)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from pallas_kernels.paged_attention.mosaic_gpu_tiles import (
     compiler_params,
     compute_dtype,
     interpreting,
+    load,
     matmul,
     swizzled,
     to_log2,
@@ -113,6 +114,8 @@ def decode(
     width = -(-group // 8) * 8
     mid = compute_dtype(q.dtype, pages.data.dtype)
     longest = page_table.shape[1] * page_size
+    if options.window is not None:
+        longest = min(longest, options.window + config.tile)
     shape = _Shape(
         num_rows=num_rows,
         num_kv_heads=num_kv_heads,
@@ -211,7 +214,7 @@ class _Kernel:
             plgpu.barrier_wait(bars["k"].at[slot])
             k = smem["k"].at[slot]
             if quantised:
-                k = plgpu.load(k, layout=plgpu.Layout.WGMMA).astype(mid)
+                k = load(k, layout=plgpu.Layout.WGMMA).astype(mid)
                 if self.interprets:  # the interpreter wants its operands in shared memory
                     smem["k_mid"][...] = k
                     plgpu.commit_smem()
@@ -314,9 +317,7 @@ class _Kernel:
         def widen(i: jax.Array, places: list[Any]) -> list[Any]:
             slot, v_slot = lax.rem(i, i32(stages)), lax.rem(i, i32(2))
             plgpu.barrier_wait(bars["v_raw"].at[slot])
-            v = plgpu.load(smem["v"].at[slot], layout=plgpu.Layout.WGMMA_UPCAST_2X).astype(
-                self.shape.mid
-            )
+            v = load(smem["v"].at[slot], layout=plgpu.Layout.WGMMA_UPCAST_2X).astype(self.shape.mid)
 
             @pl.when(i >= 2)
             def _() -> None:
@@ -386,7 +387,7 @@ def _scratch(kernel: _Kernel) -> dict[str, dict[str, Any]]:
 
 
 def _row_vector(ref: Any) -> jax.Array:
-    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+    return load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
 
 def _release(i: jax.Array, steps: jax.Array, depth: int, barrier: Any) -> None:
@@ -408,7 +409,7 @@ def _combine(partial: jax.Array, lse: jax.Array, shape: _Shape, target: Target) 
         at = pl.ds(at * part, part)
 
         def weight(i: Any) -> jax.Array:
-            return plgpu.load(lse_ref.at[i, row, head], layout=by_column, optimized=False)
+            return load(lse_ref.at[i, row, head], layout=by_column, optimized=False)
 
         def over_splits(step: Any, carry: Any) -> Any:
             """step(i, carry) for every split, as many at once as the registers hold."""
@@ -427,7 +428,7 @@ def _combine(partial: jax.Array, lse: jax.Array, shape: _Shape, target: Target) 
             acc, total = carry
             share = jnp.exp2(weight(i) - largest)
             source = partial_ref.at[i, row, head, at]
-            x = plgpu.load(source, layout=plgpu.Layout.WGMMA, optimized=False)
+            x = load(source, layout=plgpu.Layout.WGMMA, optimized=False)
             return acc + x * lax.broadcast_in_dim(share, acc.shape, [1]), total + share
 
         largest = plgpu.layout_cast(jnp.full((width,), MASKED, jnp.float32), by_column)

@@ -30,6 +30,7 @@ from pallas_kernels.paged_attention.mosaic_gpu_tiles import (
     compiler_params,
     compute_dtype,
     interpreting,
+    load,
     matmul,
     swizzled,
     to_log2,
@@ -213,7 +214,7 @@ class _Kernel:
                     turn()
                     return ref[...]
 
-                scores = pl.run_scoped(multiply, plgpu.ACC((64, tile), jnp.float32))
+                scores = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((64, tile), jnp.float32))
                 if quantised:
                     scores = scores * _columns(smem["scales"].at[slot, 0], scores)
                     plgpu.commit_smem()  # orders these reads before the TMA that follows
@@ -249,7 +250,7 @@ class _Kernel:
                     def accumulate(ref: Any) -> None:
                         plgpu.wgmma(ref, rounded, smem["v"].at[slot])
 
-                    acc = pl.run_state(accumulate)(plgpu.ACC.init(acc))
+                    acc = pl.run_state(accumulate)(plgpu.WGMMAAccumulatorRef.init(acc))
                 pl.when(will_refill)(lambda: plgpu.barrier_arrive(bars["v_free"].at[slot]))
                 return acc, new, total
 
@@ -381,7 +382,7 @@ class _Kernel:
                 for r in range(0, tile, 64):
                     for c in range(0, head_dim, 64):  # few registers at a time
                         part = (pl.ds(r, 64), pl.ds(c, 64))
-                        x = plgpu.load(raw.at[part], layout=plgpu.Layout.WGMMA_UPCAST_2X)
+                        x = load(raw.at[part], layout=plgpu.Layout.WGMMA_UPCAST_2X)
                         ring.at[part][...] = x.astype(shape.mid)
                 if side == 1 and self.page_dtype != jnp.int8:
                     zero_unowned(ring, j * tile, low, high)
@@ -430,7 +431,7 @@ class _Kernel:
 
 def _columns(ref: Any, like: jax.Array) -> jax.Array:
     """A vector over positions, as columns of `like`."""
-    x = plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+    x = load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
     return lax.broadcast_in_dim(x, like.shape, [1])
 
 

@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common import Target
 
 LOG2E = math.log2(math.e)
+load: Any = plgpu.load  # untyped: jax 0.10's has one more argument
 
 # Shared memory of reductions over warps: 4 warps x 16 columns x 4 bytes, twice for luck.
 REDUCTION_BYTES = 1024
@@ -118,7 +119,7 @@ def matmul(shape: tuple[int, int], a: Any, b: Any) -> jax.Array:
         plgpu.wgmma(acc, a, b)
         return acc[...]
 
-    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
 def to_log2(scores: jax.Array, options: Options) -> jax.Array:
@@ -144,7 +145,7 @@ def zero_unowned(ref: Any, position: jax.Array, low: jax.Array, high: jax.Array)
         for row in range(0, tile, 64):
             for column in range(0, head_dim, 64):
                 part = ref.at[pl.ds(row, 64), pl.ds(column, 64)]
-                x = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+                x = load(part, layout=plgpu.Layout.WGMMA)
                 at = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=plgpu.Layout.WGMMA)
                 at = at + (position + row)
                 part[...] = jnp.where((at >= low) & (at < high), x, jnp.zeros_like(x))

@@ -80,29 +80,11 @@ def decode(
 ) -> jax.Array:  # [S, N, H]
     """One query per row."""
     num_rows, num_heads, head_dim = q.shape
-    num_groups, packing = layout.num_groups, layout.packing
     group = num_heads // layout.num_kv_heads
-    q_rows = _round_up(packing * group, SUBLANES)
-    padded_heads = num_groups * packing * group
-    x = jnp.pad(q, ((0, 0), (0, padded_heads - num_heads), (0, layout.lanes - head_dim)))
-    x = x.reshape(num_rows, num_groups, packing * group, layout.lanes)
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, q_rows - packing * group), (0, 0)))
-    x = x.reshape(num_rows, num_groups * q_rows, layout.lanes).astype(options.compute_dtype)
-    x = x * jnp.asarray(2.0 ** (exponent(layout, x.dtype) // 2), x.dtype)
-
+    x, q_rows = _queries(q, layout, options)
     page_size, width = layout.page_size, page_table.shape[1]
-    kv_lens = jnp.minimum(kv_lens, width * page_size)
-    low = jnp.zeros_like(kv_lens)
-    if options.window is not None:
-        low = jnp.maximum(kv_lens - options.window, 0)
     block_pages = max(1, config.block // page_size)
-    scalars = (
-        page_table.reshape(-1),
-        kv_lens,
-        jnp.append(low // page_size, 0),
-        jnp.append((kv_lens + (page_size - 1)) // page_size, 0),
-        _next_item(kv_lens > 0),
-    )
+    scalars = _scalars(page_table, kv_lens, page_size, options.window)
     page_rows = page_size * layout.token_rows
     scratch: list[Any] = [
         pltpu.VMEM((config.buffers, block_pages * page_rows, LANES), jnp.uint32),
@@ -139,13 +121,39 @@ def decode(
         interpret=target.interpret,
         name="paged_decode",
     )(*scalars, x, *pools)
-    out = out.reshape(num_rows, num_groups, q_rows, layout.lanes)[:, :, : packing * group]
-    out = out.reshape(num_rows, padded_heads, layout.lanes)[:, :num_heads]
+    out = out.reshape(num_rows, layout.num_groups, q_rows, layout.lanes)
+    out = out[:, :, : layout.packing * group].reshape(num_rows, -1, layout.lanes)[:, :num_heads]
     return out[:, :, layout.v_lane : layout.v_lane + head_dim]
 
 
-def _round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
+def _queries(q: jax.Array, layout: Layout, options: Options) -> tuple[jax.Array, int]:
+    """q [S, N, H] as `[S, groups * q_rows, H padded]`, and q_rows: the C * G heads of a group and
+    rows of zeros up to a multiple of 8."""
+    num_rows, num_heads, head_dim = q.shape
+    own = layout.packing * (num_heads // layout.num_kv_heads)
+    q_rows = -(-own // SUBLANES) * SUBLANES
+    heads = layout.num_groups * own
+    x = jnp.pad(q, ((0, 0), (0, heads - num_heads), (0, layout.lanes - head_dim)))
+    x = x.reshape(num_rows, layout.num_groups, own, layout.lanes)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, q_rows - own), (0, 0)))
+    x = x.reshape(num_rows, layout.num_groups * q_rows, layout.lanes).astype(options.compute_dtype)
+    return x * jnp.asarray(2.0 ** (exponent(layout, x.dtype) // 2), x.dtype), q_rows
+
+
+def _scalars(
+    page_table: jax.Array, kv_lens: jax.Array, page_size: int, window: int | None
+) -> tuple[jax.Array, ...]:
+    """The table, the rows' lengths, the pages [first, last) that each row sees, the next row that
+    sees any."""
+    kv_lens = jnp.minimum(kv_lens, page_table.shape[1] * page_size)
+    low = jnp.zeros_like(kv_lens) if window is None else jnp.maximum(kv_lens - window, 0)
+    return (
+        page_table.reshape(-1),
+        kv_lens,
+        jnp.append(low // page_size, 0),
+        jnp.append((kv_lens + (page_size - 1)) // page_size, 0),
+        _next_item(kv_lens > 0),
+    )
 
 
 def _next_item(has_pages: jax.Array) -> jax.Array:
@@ -170,10 +178,8 @@ def _kernel(
     table_width: int,
     group: int,
 ) -> None:
-    scales = None
-    if layout.is_quantised:
-        scales, *refs = refs
-    out, buffers, semaphores, cursor, *scale_buffers = refs
+    scales, *rest = refs if layout.is_quantised else (None, *refs)
+    out, buffers, semaphores, cursor, *scale_buffers = rest
     stream = Stream(
         layout=layout,
         block_pages=block_pages,

@@ -6,14 +6,10 @@ queries from token granularity, turns them to `[K, G * tile, H]` once, and walks
 that any of its tokens sees, pages copied ahead across tiles. Only blocks on the diagonal or at the
 edge of the window pay for a mask. Results go out token by token where a tile is not full, into the
 array that already holds the decoded rows.
-
-Queries and results are words too: a row of 128 words holds a piece of head n in its low half and of
-head n + W in its high half; float32 has one head in a row.
 """
 
 from dataclasses import dataclass
 from functools import partial
-from math import gcd
 from typing import Any
 
 import jax
@@ -31,13 +27,13 @@ from pallas_kernels.paged_attention.tpu_layout import (
     Layout,
     Stream,
     load_rows,
-    pack,
     score,
     spread,
     unpack,
     values_of,
     weigh,
 )
+from pallas_kernels.paged_attention.tpu_tiles import Words, from_words, list_tiles, to_words
 
 
 @dataclass(frozen=True)
@@ -86,30 +82,6 @@ def rule(num_heads: int, layout: Layout, vmem: int) -> PrefillConfig:
     return PrefillConfig(tile, 16, block, 2)
 
 
-@dataclass(frozen=True)
-class _Words:
-    """Rows of one token of q and of the result."""
-
-    num_heads: int
-    dtype: str
-    pieces: int
-
-    @property
-    def halves(self) -> int:
-        return 2 if self.dtype == "bfloat16" else 1
-
-    @property
-    def heads(self) -> int:
-        """W, the heads of one half, padded so that a token is whole tiles of 8 rows."""
-        multiple = SUBLANES // gcd(SUBLANES, self.pieces)
-        needed = -(-self.num_heads // self.halves)
-        return -(-needed // multiple) * multiple
-
-    @property
-    def rows(self) -> int:
-        return self.heads * self.pieces
-
-
 def prefill(
     q: jax.Array,  # [T, N, H]
     done: jax.Array,  # [T, N, H]; tokens [0, num_decode) are done
@@ -125,13 +97,13 @@ def prefill(
 ) -> jax.Array:  # [T, N, H]
     """The rows behind num_decode, put beside the decoded ones; zeros for tokens of no row."""
     num_tokens, num_heads, head_dim = q.shape
-    words = _Words(num_heads, q.dtype.name, layout.pieces)
+    words = Words(num_heads, q.dtype.name, layout.pieces)
     is_decoded = jnp.arange(num_tokens, dtype=jnp.int32) < ragged.num_decode
     done = jnp.where(is_decoded[:, None, None], done, jnp.zeros_like(done))
     lanes = (0, layout.lanes - head_dim - layout.v_lane)
-    out = _to_words(jnp.pad(done, ((0, 0), (0, 0), (layout.v_lane, lanes[1]))), words)
+    out = to_words(jnp.pad(done, ((0, 0), (0, 0), (layout.v_lane, lanes[1]))), words)
     x = jnp.pad(q, ((0, config.tile), (0, 0), (0, layout.lanes - head_dim)))
-    x = _to_words(x, words)  # with a tile behind the end, where the last may read
+    x = to_words(x, words)  # with a tile behind the end, where the last may read
     starts = ragged.cu_q_lens[:-1]
     num_rows = starts.shape[0]
     is_tiled = jnp.arange(num_rows, dtype=jnp.int32) >= ragged.num_decode
@@ -145,7 +117,7 @@ def prefill(
         small = (config.small_tile, is_small.astype(jnp.int32), whole * config.tile, num_rows)
         lists.append(small)
     for tile, tiles, begin, limit in lists:
-        listed = _tiles(
+        listed = list_tiles(
             tile, tiles, begin, limit, q_lens, page_table.shape[1], ragged, layout, options
         )
         out = _run(
@@ -163,53 +135,8 @@ def prefill(
             vmem=vmem,
             target=target,
         )
-    out = _from_words(out, words)
+    out = from_words(out, words)
     return out[:, :num_heads, layout.v_lane : layout.v_lane + head_dim]
-
-
-def _to_words(x: jax.Array, words: _Words) -> jax.Array:
-    """`[T, N, H padded]` as `[T * rows, 128]`."""
-    heads = words.heads
-    x = jnp.pad(x, ((0, 0), (0, words.halves * heads - x.shape[1]), (0, 0)))
-    return pack([x[:, i * heads : (i + 1) * heads] for i in range(words.halves)]).reshape(-1, LANES)
-
-
-def _from_words(x: jax.Array, words: _Words) -> jax.Array:
-    """`[T * rows, 128]` as `[T, N padded, H padded]`."""
-    x = x.reshape(-1, words.heads, words.pieces * LANES)
-    if words.halves == 1:
-        return lax.bitcast_convert_type(x, jnp.float32)
-    halves = (x.astype(jnp.uint16), (x >> 16).astype(jnp.uint16))
-    return lax.bitcast_convert_type(jnp.concatenate(halves, axis=1), jnp.bfloat16)
-
-
-def _tiles(
-    tile: int,
-    counts: jax.Array,  # [S] tiles of each row
-    begin: jax.Array,  # [S] tokens of each row before its first tile
-    limit: int,
-    q_lens: jax.Array,
-    table_width: int,
-    ragged: Ragged,
-    layout: Layout,
-    options: Options,
-) -> tuple[jax.Array, ...]:
-    """For each tile its row, first flat token, position of that token, tokens, and the pages
-    [first, last) that it sees; then the number of tiles."""
-    ends = jnp.cumsum(counts, dtype=jnp.int32)
-    index = jnp.arange(limit + 1, dtype=jnp.int32)
-    row = jnp.sum(ends <= index[:, None], axis=1, dtype=jnp.int32)
-    row = jnp.minimum(row, counts.shape[0] - 1)
-    done = begin[row] + (index - ends[row] + counts[row]) * tile
-    size = jnp.clip(q_lens[row] - done, 0, tile)
-    pos = ragged.kv_lens[row] - q_lens[row] + done
-    low = jnp.zeros_like(pos)
-    if options.window is not None:
-        low = jnp.maximum(pos - (options.window - 1), 0)
-    first = jnp.clip(low // layout.page_size, 0, table_width - 1)
-    last = (pos + size + (layout.page_size - 1)) // layout.page_size
-    last = jnp.clip(last, first + 1, table_width)
-    return row, ragged.cu_q_lens[row] + done, pos, size, first, last, ends[-1:]
 
 
 def _run(
@@ -219,7 +146,7 @@ def _run(
     scales: jax.Array | None,
     scalars: tuple[jax.Array, ...],
     *,
-    words: _Words,
+    words: Words,
     tile: int,
     table_width: int,
     layout: Layout,
@@ -231,20 +158,11 @@ def _run(
     """All tiles of one list."""
     block_pages = max(1, config.block // layout.page_size)
     block_rows = block_pages * layout.page_size * layout.token_rows
-    padded = layout.num_groups * layout.packing
-    rows = tile * (words.num_heads // layout.num_kv_heads)
     scratch: list[Any] = [
         pltpu.VMEM((config.buffers, block_rows, LANES), jnp.uint32),
         pltpu.SemaphoreType.DMA((config.buffers,)),
         pltpu.SMEM((4,), jnp.int32),
-        pltpu.VMEM((2, tile * words.rows, LANES), jnp.uint32),
-        pltpu.SemaphoreType.DMA((2,)),
-        pltpu.VMEM((tile * words.rows, LANES), jnp.uint32),
-        pltpu.SemaphoreType.DMA,
-        pltpu.VMEM((padded, rows, layout.lanes), jnp.dtype(options.compute_dtype)),
-        pltpu.VMEM((padded, rows, LANES), jnp.float32),
-        pltpu.VMEM((padded, rows, LANES), jnp.float32),
-        pltpu.VMEM((padded, rows, layout.lanes), jnp.float32),
+        *_tile_scratch(tile, words, layout, options),
     ]
     pools = [data]
     if scales is not None:
@@ -280,6 +198,22 @@ def _run(
     )(*scalars, x, out, *pools)
 
 
+def _tile_scratch(tile: int, words: Words, layout: Layout, options: Options) -> list[Any]:
+    """Two tiles of queries as words, one of results, and what `_attend` takes."""
+    heads = layout.num_groups * layout.packing
+    rows = tile * (words.num_heads // layout.num_kv_heads)
+    return [
+        pltpu.VMEM((2, tile * words.rows, LANES), jnp.uint32),
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.VMEM((tile * words.rows, LANES), jnp.uint32),
+        pltpu.SemaphoreType.DMA,
+        pltpu.VMEM((heads, rows, layout.lanes), jnp.dtype(options.compute_dtype)),
+        pltpu.VMEM((heads, rows, LANES), jnp.float32),
+        pltpu.VMEM((heads, rows, LANES), jnp.float32),
+        pltpu.VMEM((heads, rows, layout.lanes), jnp.float32),
+    ]
+
+
 def _kernel(
     table: Any,
     tile_row: Any,
@@ -293,18 +227,16 @@ def _kernel(
     _: Any,  # out as it comes in
     data: Any,
     *refs: Any,
-    words: _Words,
+    words: Words,
     tile: int,
     block_pages: int,
     table_width: int,
     layout: Layout,
     options: Options,
 ) -> None:
-    scales = None
-    if layout.is_quantised:
-        scales, *refs = refs
-    out, buffers, semaphores, cursor, q_in, q_semaphores, out_buffer, out_semaphore = refs[:8]
-    queries, largest, total, acc, *scale_buffers = refs[8:]
+    scales, *rest = refs if layout.is_quantised else (None, *refs)
+    out, buffers, semaphores, cursor, q_in, q_semaphores, out_buffer, out_semaphore = rest[:8]
+    queries, largest, total, acc, *scale_buffers = rest[8:]
     count = num_tiles[0]
     stream = Stream(
         layout=layout,
@@ -407,7 +339,7 @@ def _kernel(
         each_copy_out(count - 1, lambda copy: copy.wait())
 
 
-def _turn_in(source: Any, queries: Any, words: _Words, tile: int, layout: Layout) -> None:
+def _turn_in(source: Any, queries: Any, words: Words, tile: int, layout: Layout) -> None:
     """A tile's words `[tile * rows, 128]` as queries `[K, G * tile, H padded]`, g-major."""
     group = words.num_heads // layout.num_kv_heads
     for k in range(layout.num_kv_heads):
@@ -425,7 +357,7 @@ def _turn_in(source: Any, queries: Any, words: _Words, tile: int, layout: Layout
         queries[k] = jnp.zeros(queries.shape[1:], queries.dtype)
 
 
-def _turn_out(acc: Any, total: Any, target: Any, words: _Words, tile: int, layout: Layout) -> None:
+def _turn_out(acc: Any, total: Any, target: Any, words: Words, tile: int, layout: Layout) -> None:
     """acc / total `[K, G * tile, H padded]` as a tile's words `[tile * rows, 128]`."""
     group = words.num_heads // layout.num_kv_heads
     dtype = jnp.dtype(words.dtype)

@@ -1,12 +1,15 @@
 """The table of block sizes: what a file may hold, how it is asked, and how tools try others."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
 from pallas_kernels import tuning
 from pallas_kernels.aot_targets import CHIPS
+from pallas_kernels.flash_attention import mosaic_gpu, tpu_config
+from pallas_kernels.paged_attention import mosaic_gpu_decode, mosaic_gpu_prefill, tpu_decode
+from scripts import tune_kernels
 
 KIND = "TPU v5 lite"
 ENTRY = tuning.Entry(
@@ -114,3 +117,54 @@ def test_the_files_that_are_shipped_are_good():
         assert found
         text = (tuning.FOLDER / name).read_text()
         assert text == tuning.render(kinds[name], found), f"{name} is not as the tuner writes it"
+
+
+CONFIGS = {
+    ("tpu", "forward"): tpu_config.ForwardConfig,
+    ("tpu", "decode"): tpu_decode.DecodeConfig,
+    ("mosaic_gpu", "forward"): mosaic_gpu.ForwardConfig,
+    ("mosaic_gpu", "backward"): mosaic_gpu.BackwardConfig,
+    ("mosaic_gpu", "decode"): mosaic_gpu_decode.DecodeConfig,
+    ("mosaic_gpu", "prefill"): mosaic_gpu_prefill.PrefillConfig,
+}
+
+
+@pytest.mark.parametrize("name", tune_kernels.SPACES)
+def test_the_tuner_tries_what_the_kernels_have(name):
+    impl, stage = name
+    tried = tune_kernels.candidates(impl, tune_kernels.Case(stage, "Llama-3-8B"))
+    assert len(tried) > 1
+    for config in tried:
+        # One that a kernel refuses by its value is skipped; one it has no field for is our fault.
+        known = {field.name for field in fields(CONFIGS[name])}
+        assert config.keys() <= known, (config, known)
+
+
+def test_a_dry_run_says_what_would_be_tried(capsys, monkeypatch):
+    monkeypatch.setattr(tune_kernels, "missing_compilers", lambda chips: [])
+    assert tune_kernels.main(["--chip", "v5e", "--only", "decode", "--dry-run", "--again"]) == 0
+    said = capsys.readouterr().out
+    assert "paged_attention decode Llama-3-8B int8: 5 candidates for {" in said
+
+
+def test_tuning_without_the_compiler_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr(tune_kernels, "missing_compilers", lambda chips: ["pip install libtpu"])
+    assert tune_kernels.main(["--chip", "v5e"]) == 2
+    assert "pip install libtpu" in capsys.readouterr().err
+
+
+def test_the_best_is_kept_only_where_it_beats_the_rule(capsys):
+    case = tune_kernels.Case("decode", "Llama-3-8B")
+
+    def score(chip, case, config):
+        if config is None:
+            return 10.0
+        if config["block"] == 2048:
+            raise ValueError("does not fit")
+        return 20.0 - config["block"] / 64
+
+    best = tune_kernels.tune(CHIPS["v5e"], "tpu", case, score, {"head_dim": 128})
+    assert (best.config["block"], best.score, best.source) == (1024, 4.0, "measured")
+    level = tune_kernels.tune(CHIPS["v5e"], "tpu", case, lambda *_: 10.0, {"head_dim": 128})
+    assert level.config == {}
+    assert "does not fit" in capsys.readouterr().out
