@@ -99,7 +99,7 @@ class Dq:
     def flash_attention_dq(self, *refs: Any, **smem: Any) -> None:
         shape, block_kv = self.shape, self.block_kv
         *inputs, dq = refs
-        gmem = dict(zip(INPUTS, inputs, strict=False))
+        gmem: dict[str, Any] = dict(zip(INPUTS, inputs, strict=False))
         row, head, early = shape.place(self.tiles, shape.num_heads, 2 * shape.kv_len)
         tile = self.tiles - 1 - early  # causal: the last rows have most to do
         ranges = [gmem["ranges"][row, tile, i] for i in range(4)]
@@ -136,7 +136,7 @@ class Dq:
             lse, delta = (vector(gmem[x].at[row, head, rows]) for x in ("lse", "delta"))
             q_segments = vector(gmem["q_segments"].at[row, rows]) if shape.segments else None
             plgpu.barrier_wait(smem["rows_full"])
-            acc = plgpu.ACC((self.block_q, block_kv), jnp.float32)
+            acc = plgpu.WGMMAAccumulatorRef((self.block_q, block_kv), jnp.float32)
 
             def step(dq_ref: Any, j: jax.Array, block: jax.Array, *, mask: bool) -> None:
                 k = smem["k"].at[ring_k.slot(j)]
@@ -185,7 +185,9 @@ class Dq:
                 walk(ranges, 1, run, at_end=at_end)
                 return dq_ref[...]
 
-            result = pl.run_scoped(steps, plgpu.ACC((self.block_q, dims.size), jnp.float32))
+            result = pl.run_scoped(
+                steps, plgpu.WGMMAAccumulatorRef((self.block_q, dims.size), jnp.float32)
+            )
             if self.defers:
                 ring_k.release(count - 1)
             staging = smem["q"].at[pl.ds(part * self.block_q, self.block_q)]
@@ -258,7 +260,7 @@ class Dkv:
     def flash_attention_dkv(self, *refs: Any, **smem: Any) -> None:
         shape = self.shape
         inputs, results = refs[: -self.num_results], refs[-self.num_results :]
-        gmem = dict(zip(INPUTS, inputs, strict=False))
+        gmem: dict[str, Any] = dict(zip(INPUTS, inputs, strict=False))
         # Causal: the first keys have most to do.
         place = shape.place(self.tiles, shape.num_kv_heads, 2 * shape.q_len * shape.group)
         row, kv_head, tile = place
@@ -307,8 +309,8 @@ class Dkv:
                 q, do = smem["q"].at[slot], smem["do"].at[slot_do]
                 k, v = (rows_of(smem[x], part, self.block_kv) for x in ("k", "v"))
 
-                # At 256, a mask or a soft cap needs the registers of dP.
-                beside = shape.head_dim < 256 or not (mask or shape.options.soft_cap)
+                # From 128 on, a mask with a soft cap needs the registers of dP.
+                beside = shape.head_dim == 64 or not (mask and shape.options.soft_cap)
 
                 def start_dp(dp_ref: Any) -> None:
                     plgpu.wgmma(dp_ref, v, plgpu.transpose_ref(do, (1, 0)))
@@ -356,7 +358,7 @@ class Dkv:
 
                     finish(*dp_ref) if beside else pl.run_scoped(finish, acc)
 
-                acc = plgpu.ACC((self.block_kv, self.block_q), jnp.float32)
+                acc = plgpu.WGMMAAccumulatorRef((self.block_kv, self.block_q), jnp.float32)
                 pl.run_scoped(run, *[acc] * (1 + beside))
                 if not self.defers:
                     plgpu.wgmma_wait(1)
@@ -371,7 +373,7 @@ class Dkv:
                 walk(ranges, shape.group, run)
                 return dk_ref[...], dv_ref[...]
 
-            acc = plgpu.ACC((self.block_kv, dims.size), jnp.float32)
+            acc = plgpu.WGMMAAccumulatorRef((self.block_kv, dims.size), jnp.float32)
             dk, dv = pl.run_scoped(steps, acc, acc)
             if self.defers:
                 ring_q.release(total - 1)

@@ -101,7 +101,7 @@ class Tile:
             self.scores(s_ref, j)
             return s_ref[...]
 
-        s = pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+        s = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
         s = self.release_k(s, j, mask=True)
         alpha, m, total, p = self.softmax(s, m, total)
         return out * lax.broadcast_in_dim(alpha, out.shape, [0]), m, total, self.round(p)
@@ -142,7 +142,7 @@ class Tile:
             return sums * lax.broadcast_in_dim(alpha, sums.shape, [0]), m_new, total_new, p_new
 
         shape = (plan.config.block_q, plan.config.block_kv)
-        accumulators = (plgpu.ACC(x, jnp.float32) for x in (shape, out.shape))
+        accumulators = (plgpu.WGMMAAccumulatorRef(x, jnp.float32) for x in (shape, out.shape))
         out, m, total, p = pl.run_scoped(run, *accumulators)
         return out, m, total, self.round(p)
 
@@ -158,6 +158,6 @@ class Tile:
             self.weigh(out_ref, p, j)
             return out + out_ref[...] if plan.interpret else out_ref[...]
 
-        out = pl.run_scoped(run, plgpu.ACC(out.shape, jnp.float32))
+        out = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(out.shape, jnp.float32))
         plgpu.barrier_arrive(self.smem["v_free"].at[slot])
         return out, m, total
