@@ -212,7 +212,7 @@ class _Plan:
     def flash_attention_forward(self, *refs: Any, **scratch: Any) -> None:
         num_inputs = 7 if self.segments else 5
         names = ("q", "k", "v", "ranges", "q_offset", "q_segments", "kv_segments")
-        inputs = dict(zip(names, refs[:num_inputs], strict=False))
+        inputs: dict[str, Any] = dict(zip(names, refs[:num_inputs], strict=False))
         out, lse = refs[num_inputs:]
         kernel = _Kernel(self, inputs, out, lse, scratch)
         wg = lax.axis_index("wg")

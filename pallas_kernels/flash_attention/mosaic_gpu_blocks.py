@@ -1,7 +1,6 @@
 """What the Mosaic GPU flash kernels share: which blocks a tile of the score matrix visits, the mask
 within a block, and the scale of the exponent. Knows no barriers and no rings."""
 
-import math
 from typing import Any
 
 import jax
@@ -12,13 +11,13 @@ from jax import lax
 
 from pallas_kernels.common import MASKED, dtype_name
 from pallas_kernels.flash_attention import Mask, Options
+from pallas_kernels.mosaic_gpu import LOG2E, missing, tanh
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = ("bfloat16", "float16")
 SHARED_MEMORY = 232448  # bytes that a CTA of sm_90 may have
 # Operands that concurrent CTAs share should stay in the L2 cache (50 MB on an H200).
 _L2_BYTES = 32 << 20
-LOG2E = math.log2(math.e)
 
 WGMMA = plgpu.Layout.WGMMA
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of an accumulator
@@ -29,14 +28,17 @@ PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.Lowerin
 
 
 def check(q: jax.Array) -> None:
-    """ValueError unless the tensor cores take q's dtype and head dim."""
+    """ValueError unless jax is new enough and the tensor cores take q's dtype and head dim."""
+    why_not = missing()
+    if why_not:
+        raise ValueError(why_not)
     dtype_name(q.dtype, "q.dtype on Mosaic GPU", DTYPES)
     if q.shape[3] not in HEAD_DIMS:
         allowed = ", ".join(map(str, HEAD_DIMS))
         raise ValueError(f"q has head dim {q.shape[3]}; allowed on Mosaic GPU: {allowed}")
 
 
-def tiled(*shape: int, dtype: Any) -> plgpu.SMEM:
+def tiled(*shape: int, dtype: Any) -> Any:
     """Shared memory in the layout that TMA writes and wgmma reads."""
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
@@ -146,21 +148,19 @@ def logits(s: jax.Array, options: Options) -> jax.Array:
     """What stands for the scores until the exponent: tanh with a soft cap, else q . k, with the
     scale where it does not fold."""
     if options.soft_cap is not None:
-        # One instruction of the special function unit; its relative error (2**-11) is below that
-        # of probabilities in bfloat16.
-        return jnp.tanh(s * (options.scale / options.soft_cap))
+        return tanh(s, options.scale / options.soft_cap)
     return s if folds(options) else s * options.scale
 
 
 def seen(
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     options: Options,
     *,
     q_axis: int,
     q_pos: jax.Array,
     kv_pos: jax.Array,
     kv_len: int | None,
-    segments: tuple[jax.Array, jax.Array] | None,
+    segments: tuple[Any, Any] | None,
 ) -> tuple[jax.Array, ...]:
     """Which pairs of a block are visible: those for which all of the results hold.
 

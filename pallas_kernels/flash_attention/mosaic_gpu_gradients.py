@@ -31,6 +31,7 @@ from pallas_kernels.flash_attention.mosaic_gpu_streams import (
     vector,
     walk,
 )
+from pallas_kernels.mosaic_gpu import Accumulator, load
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Dq:
             lse, delta = (vector(gmem[x].at[row, head, rows]) for x in ("lse", "delta"))
             q_segments = vector(gmem["q_segments"].at[row, rows]) if shape.segments else None
             plgpu.barrier_wait(smem["rows_full"])
-            acc = plgpu.WGMMAAccumulatorRef((self.block_q, block_kv), jnp.float32)
+            acc = Accumulator((self.block_q, block_kv), jnp.float32)
 
             def step(dq_ref: Any, j: jax.Array, block: jax.Array, *, mask: bool) -> None:
                 k = smem["k"].at[ring_k.slot(j)]
@@ -161,7 +162,7 @@ class Dq:
                         segments = None
                         if shape.segments:
                             ids = smem["kv_segments"].at[ring_k.slot(j)]
-                            segments = q_segments, plgpu.load(ids, layout=COLUMNS)
+                            segments = q_segments, load(ids, layout=COLUMNS)
                         kv_pos = block * block_kv
                         visible = seen(
                             s.shape, shape.options, q_axis=0, q_pos=q_pos, kv_pos=kv_pos,
@@ -185,9 +186,7 @@ class Dq:
                 walk(ranges, 1, run, at_end=at_end)
                 return dq_ref[...]
 
-            result = pl.run_scoped(
-                steps, plgpu.WGMMAAccumulatorRef((self.block_q, dims.size), jnp.float32)
-            )
+            result = pl.run_scoped(steps, Accumulator((self.block_q, dims.size), jnp.float32))
             if self.defers:
                 ring_k.release(count - 1)
             staging = smem["q"].at[pl.ds(part * self.block_q, self.block_q)]
@@ -334,7 +333,7 @@ class Dkv:
                     if mask:
                         segments = None
                         if shape.segments:
-                            ids = plgpu.load(smem["q_segments"].at[slot], layout=COLUMNS)
+                            ids = load(smem["q_segments"].at[slot], layout=COLUMNS)
                             segments = ids, kv_segments
                         q_pos = gmem["q_offset"][row] + block * self.block_q
                         # Keys past the end get rows of their own, which are not stored.
@@ -342,7 +341,7 @@ class Dkv:
                             s.shape, shape.options, q_axis=1, q_pos=q_pos, kv_pos=kv_pos,
                             kv_len=None, segments=segments,
                         )  # fmt: skip
-                    lse = plgpu.load(smem["lse"].at[slot], layout=COLUMNS)
+                    lse = load(smem["lse"].at[slot], layout=COLUMNS)
                     p, slope = shape.probabilities(s, lse, 1, visible)
 
                     def finish(dp_ref: Any) -> None:
@@ -351,14 +350,14 @@ class Dkv:
                         left = operand_of(shape, smem, "p", mine, p)
                         plgpu.wgmma(dv_ref, left, do.at[:, dims])
                         dp = plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)
-                        delta = plgpu.load(smem["delta"].at[slot_do], layout=COLUMNS)
+                        delta = load(smem["delta"].at[slot_do], layout=COLUMNS)
                         ds = slope * (dp - lax.broadcast_in_dim(delta, s.shape, [1]))
                         left = operand_of(shape, smem, "ds", mine, ds)
                         plgpu.wgmma(dk_ref, left, q.at[:, dims])
 
                     finish(*dp_ref) if beside else pl.run_scoped(finish, acc)
 
-                acc = plgpu.WGMMAAccumulatorRef((self.block_kv, self.block_q), jnp.float32)
+                acc = Accumulator((self.block_kv, self.block_q), jnp.float32)
                 pl.run_scoped(run, *[acc] * (1 + beside))
                 if not self.defers:
                     plgpu.wgmma_wait(1)
@@ -373,7 +372,7 @@ class Dkv:
                 walk(ranges, shape.group, run)
                 return dk_ref[...], dv_ref[...]
 
-            acc = plgpu.WGMMAAccumulatorRef((self.block_kv, dims.size), jnp.float32)
+            acc = Accumulator((self.block_kv, dims.size), jnp.float32)
             dk, dv = pl.run_scoped(steps, acc, acc)
             if self.defers:
                 ring_q.release(total - 1)

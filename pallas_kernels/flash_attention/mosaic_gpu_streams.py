@@ -19,6 +19,7 @@ from pallas_kernels.flash_attention.mosaic_gpu_blocks import (
     masked,
     side_by_side,
 )
+from pallas_kernels.mosaic_gpu import load
 
 INPUTS = ("q", "k", "v", "do", "lse", "delta", "ranges", "q_offset", "q_segments", "kv_segments")
 
@@ -136,7 +137,7 @@ def walk(ranges: list[jax.Array], heads: int, run: Any, *, at_end: bool = False)
 
 def vector(ref: Any) -> jax.Array:
     """A vector along the rows of accumulators, from global memory."""
-    return plgpu.load(ref, layout=ROWS, optimized=False)
+    return load(ref, layout=ROWS, optimized=False)
 
 
 def operand_of(shape: Shape, smem: Any, name: str, mine: Any, x: jax.Array) -> Any:

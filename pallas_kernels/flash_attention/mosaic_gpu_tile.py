@@ -18,6 +18,7 @@ from pallas_kernels.flash_attention.mosaic_gpu_blocks import (
     rows_of,
     seen,
 )
+from pallas_kernels.mosaic_gpu import Accumulator, load
 
 # Where maxima start, in units of log2: below every score, and so far above MASKED that the
 # probabilities of a row that has seen nothing yet are 0 (fused, MASKED - MASKED is not).
@@ -40,7 +41,7 @@ class Tile:
         if plan.segments:
             rows = pl.ds(tile * plan.tile_q + wg * block_q, block_q)
             ids = kernel.inputs["q_segments"].at[row, rows]
-            self.q_segments = plgpu.load(ids, layout=ROWS, optimized=False)
+            self.q_segments = load(ids, layout=ROWS, optimized=False)
 
     def slot(self, j: Any) -> jax.Array:
         return lax.rem(self.done + j, jnp.int32(self.plan.config.stages))
@@ -63,7 +64,7 @@ class Tile:
         segments = None
         if mask and plan.segments:
             ids = self.smem["kv_segments_smem"].at[slot]
-            segments = self.q_segments, plgpu.load(ids, layout=COLUMNS)
+            segments = self.q_segments, load(ids, layout=COLUMNS)
         plgpu.barrier_arrive(self.smem["k_free"].at[slot])
         if not mask:
             return s
@@ -101,7 +102,7 @@ class Tile:
             self.scores(s_ref, j)
             return s_ref[...]
 
-        s = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+        s = pl.run_scoped(run, Accumulator(shape, jnp.float32))
         s = self.release_k(s, j, mask=True)
         alpha, m, total, p = self.softmax(s, m, total)
         return out * lax.broadcast_in_dim(alpha, out.shape, [0]), m, total, self.round(p)
@@ -142,7 +143,7 @@ class Tile:
             return sums * lax.broadcast_in_dim(alpha, sums.shape, [0]), m_new, total_new, p_new
 
         shape = (plan.config.block_q, plan.config.block_kv)
-        accumulators = (plgpu.WGMMAAccumulatorRef(x, jnp.float32) for x in (shape, out.shape))
+        accumulators = (Accumulator(x, jnp.float32) for x in (shape, out.shape))
         out, m, total, p = pl.run_scoped(run, *accumulators)
         return out, m, total, self.round(p)
 
@@ -158,6 +159,6 @@ class Tile:
             self.weigh(out_ref, p, j)
             return out + out_ref[...] if plan.interpret else out_ref[...]
 
-        out = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(out.shape, jnp.float32))
+        out = pl.run_scoped(run, Accumulator(out.shape, jnp.float32))
         plgpu.barrier_arrive(self.smem["v_free"].at[slot])
         return out, m, total

@@ -62,5 +62,5 @@ def backward(
     target: Target,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """jax's own derivative of `forward`."""
-    _, pull = jax.vjp(lambda *qkv: forward(*qkv, mask, options, target)[0], q, k, v)
+    _, pull = jax.vjp(lambda q, k, v: forward(q, k, v, mask, options, target)[0], q, k, v)
     return pull(dout)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tuning
 from pallas_kernels.common import QUANTISED, Spec, Target
+from pallas_kernels.mosaic_gpu import missing
 from pallas_kernels.paged_attention import Ragged, token_major, validate
 from pallas_kernels.paged_attention.mosaic_gpu_decode import DecodeConfig, decode
 from pallas_kernels.paged_attention.mosaic_gpu_decode import rule as decode_rule
@@ -39,8 +40,9 @@ def allocate(
 
 def unsupported(spec: Spec, target: Target) -> str | None:
     """Why these kernels cannot do `spec` on `target`; None when they can."""
-    if jax.__version_info__ < (0, 11):
-        return f"jax is {jax.__version__}; mosaic_gpu needs 0.11 or later"
+    why_not = missing()
+    if why_not:
+        return why_not
     chip = target.device_kind
     if chip is not None and not any(name in chip for name in CHIPS):
         return f"device_kind is {chip}; allowed: Hopper ({', '.join(CHIPS)})"

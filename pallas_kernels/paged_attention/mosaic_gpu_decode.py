@@ -22,14 +22,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common import MASKED, Target
+from pallas_kernels.mosaic_gpu import LOG2E, load
 from pallas_kernels.paged_attention.mosaic_gpu_tiles import (
-    LOG2E,
     Options,
     PageTiles,
     compiler_params,
     compute_dtype,
     interpreting,
-    load,
     matmul,
     swizzled,
     to_log2,

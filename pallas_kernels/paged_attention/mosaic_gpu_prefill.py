@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common import MASKED, Target
+from pallas_kernels.mosaic_gpu import load
 from pallas_kernels.paged_attention import Ragged
 from pallas_kernels.paged_attention.mosaic_gpu_items import Shape, packing, plan
 from pallas_kernels.paged_attention.mosaic_gpu_tiles import (
@@ -30,7 +31,6 @@ from pallas_kernels.paged_attention.mosaic_gpu_tiles import (
     compiler_params,
     compute_dtype,
     interpreting,
-    load,
     matmul,
     swizzled,
     to_log2,

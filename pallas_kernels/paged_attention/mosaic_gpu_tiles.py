@@ -15,9 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common import Target
-
-LOG2E = math.log2(math.e)
-load: Any = plgpu.load  # untyped: jax 0.10's has one more argument
+from pallas_kernels.mosaic_gpu import LOG2E, Accumulator, load
 
 # Shared memory of reductions over warps: 4 warps x 16 columns x 4 bytes, twice for luck.
 REDUCTION_BYTES = 1024
@@ -119,7 +117,7 @@ def matmul(shape: tuple[int, int], a: Any, b: Any) -> jax.Array:
         plgpu.wgmma(acc, a, b)
         return acc[...]
 
-    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+    return pl.run_scoped(run, Accumulator(shape, jnp.float32))
 
 
 def to_log2(scores: jax.Array, options: Options) -> jax.Array:

@@ -23,6 +23,8 @@ from pallas_kernels.paged_attention.tpu_prefill import rule as prefill_rule
 # What a kernel may take of a chip's vector memory, in bytes: 16 MiB on the first, 64 on the rest.
 _VMEM = {"TPU v4": 15 << 20}
 _VMEM_OTHER = 48 << 20
+# Page ids that fit the scalar memory of 1 MiB, with room for the rest that lies there.
+_MOST_TABLE_ENTRIES = 240 * 1024
 
 # Interpreted, small blocks cost less, a short row still has several, and each list of tiles is one
 # more kernel to compile.
@@ -134,6 +136,12 @@ def paged_attention(
     )
     if why_not:
         raise ValueError(why_not)
+    if ragged.page_table.size > _MOST_TABLE_ENTRIES and not target.interpret:
+        raise ValueError(
+            f"ragged.page_table has shape {ragged.page_table.shape}, {ragged.page_table.size} "
+            f"entries; at most {_MOST_TABLE_ENTRIES} fit a TPU's scalar memory: take fewer rows, "
+            f"shorter rows or larger pages"
+        )
     vmem = _VMEM.get(target.device_kind or "", _VMEM_OTHER)
     decode_config, prefill_config = config or configs(q.shape[1], layout, target)
     is_exact = q.dtype == jnp.float32 or layout.dtype == "float32"
