@@ -298,7 +298,6 @@ class Dkv:
             part, dims = share(self.halves, wg, shape.head_dim)
             kv_pos = tile * self.kv_block + part * self.block_kv
             keys = pl.ds(kv_pos, self.block_kv)
-            kv_segments = vector(gmem["kv_segments"].at[row, keys]) if shape.segments else None
             plgpu.barrier_wait(smem["rows_full"])
 
             def step(
@@ -334,7 +333,8 @@ class Dkv:
                         segments = None
                         if shape.segments:
                             ids = load(smem["q_segments"].at[slot], layout=COLUMNS)
-                            segments = ids, kv_segments
+                            # Read anew: kept over the loop they cost registers that are spilled.
+                            segments = ids, vector(gmem["kv_segments"].at[row, keys])
                         q_pos = gmem["q_offset"][row] + block * self.block_q
                         # Keys past the end get rows of their own, which are not stored.
                         visible = seen(
