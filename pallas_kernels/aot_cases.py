@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import pallas_kernels.flash_attention as flash
 from pallas_kernels import tuning
 from pallas_kernels.aot_targets import CHIPS, Chip, Program
-from pallas_kernels.common import Spec
+from pallas_kernels.common import QUANTISED, Spec
 from pallas_kernels.paged_attention import Ragged
 
 # name -> platforms of its kernels
@@ -31,6 +31,7 @@ IMPLEMENTATIONS = {
 KERNELS = ("tpu", "mosaic_gpu")
 # (implementation, platform) whose writes are not in place, and why that is known and stays.
 MAY_COPY = {("xla", "tpu"): "the layout is CPU's, which a TPU transposes to write"}
+MAY_COPY_SCALES = "the compiler moves scales that fit vector memory there while they are scattered"
 OPS = ("flash_attention", "paged_attention", "kv_write", "copy_pages", "step")
 
 QUERY_TOKENS = 4096  # of flash attention
@@ -359,4 +360,13 @@ def step_program(impl: str, chip: Chip, heads_name: str, page_dtype: str) -> Pro
 
     args = (paged.pages, q, kv, kv, ragged, ids, ids)
     name = f"{impl}/step/{label}/{page_dtype}"
-    return Program(name, step, args, donate=(0,), refused=paged.refused, may_copy=paged.may_copy)
+    has_scales = impl == "tpu" and page_dtype in QUANTISED
+    return Program(
+        name,
+        step,
+        args,
+        donate=(0,),
+        refused=paged.refused,
+        may_copy=MAY_COPY_SCALES if has_scales else paged.may_copy,
+        may_copy_dtype="float32" if has_scales else None,
+    )

@@ -81,8 +81,8 @@ class Program:
     `donate` names the arguments (or gives their positions) whose memory the outputs take: every
     array among them of 1 MiB or more must be aliased and never copied. `refused` says why the
     implementation does not do this; then nothing is compiled. `may_copy` says why a copy of the
-    donated arrays is no failure here. `tuned` is the entry of the
-    chip's file that must be what decides the block sizes.
+    donated arrays (with `may_copy_dtype`, of those of that dtype alone) is no failure here. `tuned`
+    is the entry of the chip's file that must be what decides the block sizes.
     """
 
     name: str
@@ -92,6 +92,7 @@ class Program:
     note: str = ""
     refused: str | None = None
     may_copy: str | None = None
+    may_copy_dtype: str | None = None
     tuned: tuning.Entry | None = None
 
 
@@ -214,8 +215,11 @@ def compile_program(program: Program, chip: Chip, log_path: Path | None = None) 
         "alias": stats.alias_size_in_bytes,
     }
     report = ptxas_report("".join(log)) if chip.platform == "gpu" else {}
-    copies = pool_problems(text, donated_arrays(program), memory["alias"])
-    problems = [] if program.may_copy else copies
+    pools = donated_arrays(program)
+    copies = problems = pool_problems(text, pools, memory["alias"])
+    if program.may_copy:
+        kept = [x for x in pools if program.may_copy_dtype not in (None, x.dtype.name)]
+        problems = pool_problems(text, kept, memory["alias"])
     if program.tuned and program.tuned.id not in lookups.asked:
         problems.append(f"its tuned entry is never looked up, but {sorted(set(lookups.asked))} are")
     if "mosaic_gpu" in text and "registers" not in report:

@@ -109,7 +109,7 @@ def decode(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(num_rows,),
-            in_specs=[row_block, *[pl.BlockSpec(memory_space=pl.ANY) for _ in pools]],
+            in_specs=[row_block, *[pl.BlockSpec(memory_space=pltpu.HBM) for _ in pools]],
             out_specs=row_block,
             scratch_shapes=scratch,
         ),

@@ -169,6 +169,8 @@ def _run(
         pools.append(scales)
         scratch.append(pltpu.VMEM((config.buffers, block_pages, *scales.shape[1:]), jnp.float32))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    # The compiler would move a small enough pool to vector memory and back around the kernel.
+    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         partial(
             _kernel,
@@ -183,7 +185,7 @@ def _run(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(1,),
-            in_specs=[anywhere for _ in range(2 + len(pools))],
+            in_specs=[anywhere, anywhere, *[in_hbm for _ in pools]],
             out_specs=anywhere,
             scratch_shapes=scratch,
         ),
