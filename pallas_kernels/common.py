@@ -35,14 +35,32 @@ class Target:
 @dataclass(frozen=True)
 class Spec:
     """What an implementation will be asked for: N, K, H, the page size, the dtype of q, and the
-    dtype of the pages."""
+    dtype of the pages. Page size and page dtype are None where no pages are used: then flash
+    attention alone is asked about. ValueError unless they fit each other."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    page_size: int
+    page_size: int | None
     dtype: str
-    page_dtype: str
+    page_dtype: str | None
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "num_kv_heads", "head_dim"):
+            check_positive(name, getattr(self, name))
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads is {self.num_heads}; it must be a multiple of num_kv_heads, "
+                f"{self.num_kv_heads}"
+            )
+        dtype_name(self.dtype, "dtype")
+        if (self.page_size is None) != (self.page_dtype is None):
+            raise ValueError(
+                f"page_size is {self.page_size} and page_dtype {self.page_dtype}; give both or none"
+            )
+        if self.page_size is not None:
+            check_positive("page_size", self.page_size)
+            dtype_name(self.page_dtype, "page_dtype", PAGE_DTYPES)
 
 
 def dtype_name(dtype: Any, argument: str, allowed: tuple[str, ...] = DTYPES) -> str:
@@ -83,12 +101,14 @@ def check_array(
     argument: str, value: jax.Array, shape: tuple[int | None, ...], letters: str
 ) -> None:
     """ValueError unless `value` has `shape`, where None stands for any length >= 1."""
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise ValueError(f"{argument} is a {type(value).__name__}; it must be an array {letters}")
     given = tuple(value.shape)
     fits = len(given) == len(shape) and all(
         have >= 1 if want is None else have == want for have, want in zip(given, shape, strict=True)
     )
     if not fits:
-        want = ", ".join("any" if n is None else str(n) for n in shape)
+        want = ", ".join(">= 1" if n is None else str(n) for n in shape)
         raise ValueError(f"{argument} has shape {given}; it must be {letters} = ({want})")
 
 
@@ -100,11 +120,15 @@ def check_int32(argument: str, value: jax.Array) -> None:
 
 def check_options(scale: float, window: int | None, soft_cap: float | None) -> None:
     """ValueError unless the three are what every attention takes."""
-    if not isinstance(scale, int | float) or not np.isfinite(scale):
-        raise ValueError(f"scale is {scale!r}; it must be a finite Python float")
+    if not _is_float32(scale):
+        raise ValueError(f"scale is {scale!r}; it must be a finite float, in float32 too")
     if window is not None:
         check_positive("window", window)
-    if soft_cap is not None and not (
-        isinstance(soft_cap, int | float) and np.isfinite(soft_cap) and soft_cap > 0
-    ):
+    if soft_cap is not None and not (_is_float32(soft_cap) and soft_cap > 0):
         raise ValueError(f"soft_cap is {soft_cap!r}; it must be None or a finite float > 0")
+
+
+def _is_float32(value: Any) -> bool:
+    """Whether `value` is a number that float32 holds."""
+    is_number = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
+    return is_number and bool(abs(value) <= float(np.finfo(np.float32).max))

@@ -65,8 +65,16 @@ class Ops:
 
 
 def available(platform: str) -> tuple[str, ...]:
-    """The implementations that run on `platform`."""
-    return tuple(name for name, (_, where) in _MODULES.items() if platform in where)
+    """The implementations that run on `platform`; ValueError for one that is not known."""
+    known = _known(platform)
+    return tuple(name for name, (_, where) in _MODULES.items() if known in where)
+
+
+def _known(platform: str) -> str:
+    known = _PLATFORM_ALIASES.get(platform, platform) if isinstance(platform, str) else None
+    if known not in PLATFORMS:
+        raise ValueError(f"platform is {platform!r}; allowed: {', '.join(PLATFORMS)}")
+    return known
 
 
 def resolve(
@@ -79,24 +87,23 @@ def resolve(
     """The operations named `impl` ("auto" takes the fastest that can do `spec`) for `platform`.
 
     `platform` is "cpu", "gpu" or "tpu"; None means jax's default backend. `spec` is what will be
-    asked of them; without it only the platform decides. `device_kind` is jax's name of the chip
+    asked of them; without it platform, chip and jax's version decide, and an operation refuses with
+    a ValueError what it cannot do. `device_kind` is jax's name of the chip
     (`jax.devices()[0].device_kind`), which chooses block sizes; None on the default backend means
     the chip that is there. Raises ValueError when `impl` does not exist on the platform or cannot
     do `spec`, saying what is allowed.
     """
-    given = platform if platform is not None else jax.default_backend()
-    known = _PLATFORM_ALIASES.get(given, given)
-    if known not in PLATFORMS:
-        raise ValueError(f"platform is {given!r}; allowed: {', '.join(PLATFORMS)}")
+    known = _known(platform if platform is not None else jax.default_backend())
     names = available(known)
-    if impl != "auto" and impl not in names:
-        exists = f"runs on {', '.join(_MODULES[impl][1])}" if impl in _MODULES else "does not exist"
+    if not isinstance(impl, str) or (impl != "auto" and impl not in names):
+        where = _MODULES[impl][1] if isinstance(impl, str) and impl in _MODULES else ()
+        exists = f"runs on {', '.join(where)}" if where else "does not exist"
         raise ValueError(
             f"impl is {impl!r}, which {exists}; allowed on {known}: auto, {', '.join(names)}"
         )
-    if device_kind is None and known == _PLATFORM_ALIASES.get(
-        jax.default_backend(), jax.default_backend()
-    ):
+    if device_kind is None and platform == "rocm":
+        device_kind = "rocm"
+    if device_kind is None and known == _known(jax.default_backend()):
         device_kind = jax.devices()[0].device_kind
     return _resolve(impl, Target(known, device_kind), spec)
 
@@ -120,10 +127,9 @@ def _resolve(impl: str, target: Target, spec: Spec | None) -> Ops:
 
 def _why_not(name: str, target: Target, spec: Spec | None) -> str | None:
     """Why `name` cannot do `spec` on `target`; None when it can."""
-    paged = _MODULES[name][0][1]
-    if spec is None:
-        return None
-    return paged.unsupported(spec, _on(name, target))
+    flash_module, paged, _ = _MODULES[name][0]
+    module = flash_module if spec is not None and spec.page_size is None else paged
+    return module.unsupported(spec, _on(name, target))
 
 
 def _on(name: str, target: Target) -> Target:

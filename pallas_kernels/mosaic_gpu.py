@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.common import Target
+
 LOG2E = math.log2(math.e)
 
 # Untyped: jax 0.10's load has one more argument. The kernels refuse to run there, and import.
@@ -15,10 +17,17 @@ load: Any = plgpu.load
 Accumulator: Any = plgpu.WGMMAAccumulatorRef
 
 
-def missing() -> str | None:
-    """Why no Mosaic GPU kernel of this package can be built; None when they can."""
+CHIPS = ("H100", "H200", "H800", "H20", "GH200")
+
+
+def missing(target: Target) -> str | None:
+    """Why no Mosaic GPU kernel of this package can be built for `target`; None when they can. A
+    chip that is not known is taken for a Hopper."""
     if jax.__version_info__ < (0, 11):
         return f"jax is {jax.__version__}; mosaic_gpu needs 0.11 or later"
+    chip = target.device_kind
+    if chip is not None and not target.interpret and not any(name in chip for name in CHIPS):
+        return f"device_kind is {chip}; allowed: Hopper ({', '.join(CHIPS)})"
     return None
 
 

@@ -22,7 +22,10 @@ The contract of every implementation:
   arXiv 2205.14135, algorithm 4; arXiv 2307.08691): memory is linear in S. dk and dv are summed
   over the query heads of their group. No gradient flows to segment_ids or q_offset.
 
-An implementation is a module with two functions; `attention` makes the differentiable one of them.
+Reverse mode, first order: `jax.grad` and `jax.vjp`, not `jax.jvp` nor a gradient of a gradient.
+
+An implementation is a module with two functions, and `unsupported`, which says what it cannot do;
+`attention` makes the differentiable one of them.
 
     forward(q, k, v, mask, options, target) -> (out [B, S, N, H], lse [B, N, S] float32)
     backward(q, k, v, out, lse, dout, mask, options, target) -> (dq, dk, dv), dtypes of q, k, v
@@ -155,9 +158,10 @@ def validate(
     if segment_ids is not None:
         pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
         if len(pair) != 2 or not all(hasattr(x, "dtype") for x in pair):
-            given = f"{type(segment_ids).__name__} of {len(segment_ids)}"
+            given = len(segment_ids) if isinstance(segment_ids, tuple | list) else 1
             raise ValueError(
-                f"segment_ids is a {given}; it must be an int32 array or two in a tuple"
+                f"segment_ids is a {type(segment_ids).__name__} of {given}; it must be an int32 "
+                f"array or two in a tuple"
             )
         q_segments, kv_segments = pair
         for name, x, length in (("q", q_segments, q_len), ("kv", kv_segments, k.shape[1])):

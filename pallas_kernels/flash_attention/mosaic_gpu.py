@@ -32,10 +32,18 @@ from pallas_kernels.flash_attention.mosaic_gpu_blocks import (
     pad_axis,
     side_by_side,
     tiled,
+    unsupported,
 )
 from pallas_kernels.flash_attention.mosaic_gpu_tile import Tile
 
-__all__ = ["BackwardConfig", "ForwardConfig", "backward", "default_config", "forward"]
+__all__ = [
+    "BackwardConfig",
+    "ForwardConfig",
+    "backward",
+    "default_config",
+    "forward",
+    "unsupported",
+]
 
 # Multiprocessors of an H200 (and of an H100 SXM). A wrong number costs time, never results.
 _MULTIPROCESSORS = 132
@@ -87,7 +95,7 @@ def forward(
     config: ForwardConfig | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.flash_attention` for the contract."""
-    check(q)
+    check(q, target)
     if config is None:
         config = default_config(target, q.dtype.name, q.shape[3], options.causal)
     plan = _Plan(

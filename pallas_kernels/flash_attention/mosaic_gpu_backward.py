@@ -87,7 +87,7 @@ def backward(
     config: BackwardConfig | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `pallas_kernels.flash_attention` for the contract."""
-    check(q)
+    check(q, target)
     if config is None:
         config = default_config(target, q.dtype.name, q.shape[3], options.causal)
     delta = jnp.einsum("bsnh,bsnh->bns", dout, out, preferred_element_type=jnp.float32)

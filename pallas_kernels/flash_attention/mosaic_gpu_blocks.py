@@ -9,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.common import MASKED, dtype_name
+from pallas_kernels.common import MASKED, Spec, Target
 from pallas_kernels.flash_attention import Mask, Options
 from pallas_kernels.mosaic_gpu import LOG2E, missing, tanh
 
@@ -27,15 +27,25 @@ COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
-def check(q: jax.Array) -> None:
-    """ValueError unless jax is new enough and the tensor cores take q's dtype and head dim."""
-    why_not = missing()
-    if why_not:
-        raise ValueError(why_not)
-    dtype_name(q.dtype, "q.dtype on Mosaic GPU", DTYPES)
-    if q.shape[3] not in HEAD_DIMS:
+def unsupported(spec: Spec | None, target: Target) -> str | None:
+    """Why these kernels cannot do `spec` on `target`; None when they can."""
+    why_not = missing(target)
+    if why_not or spec is None:
+        return why_not
+    if spec.dtype not in DTYPES:
+        return f"dtype is {spec.dtype}; allowed on Mosaic GPU: {', '.join(DTYPES)}"
+    if spec.head_dim not in HEAD_DIMS:
         allowed = ", ".join(map(str, HEAD_DIMS))
-        raise ValueError(f"q has head dim {q.shape[3]}; allowed on Mosaic GPU: {allowed}")
+        return f"head dim is {spec.head_dim}; allowed on Mosaic GPU: {allowed}"
+    return None
+
+
+def check(q: jax.Array, target: Target) -> None:
+    """ValueError unless the tensor cores take q."""
+    num_heads, head_dim = q.shape[2:]
+    why_not = unsupported(Spec(num_heads, 1, head_dim, None, q.dtype.name, None), target)
+    if why_not:
+        raise ValueError(f"q: {why_not}")
 
 
 def tiled(*shape: int, dtype: Any) -> Any:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common import MASKED, Target
+from pallas_kernels.common import MASKED, Spec, Target
 from pallas_kernels.flash_attention import Mask, Options
 
 
@@ -64,3 +64,8 @@ def backward(
     """jax's own derivative of `forward`."""
     _, pull = jax.vjp(lambda q, k, v: forward(q, k, v, mask, options, target)[0], q, k, v)
     return pull(dout)
+
+
+def unsupported(spec: Spec | None, target: Target) -> str | None:
+    """Nothing is."""
+    return None

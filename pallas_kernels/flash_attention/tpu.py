@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.common import MASKED, Target
+from pallas_kernels.common import MASKED, Spec, Target
 from pallas_kernels.flash_attention import Mask, Options
 from pallas_kernels.flash_attention.tpu_backward import backward
 from pallas_kernels.flash_attention.tpu_config import (
+    DTYPES,
     BackwardConfig,
     ForwardConfig,
     check_dtype,
@@ -39,7 +40,14 @@ from pallas_kernels.flash_attention.tpu_tiles import (
     segment_refs,
 )
 
-__all__ = ["BackwardConfig", "ForwardConfig", "backward", "forward"]
+__all__ = ["BackwardConfig", "ForwardConfig", "backward", "forward", "unsupported"]
+
+
+def unsupported(spec: Spec | None, target: Target) -> str | None:
+    """Why these kernels cannot do `spec`, on the chip or interpreted; None when they can."""
+    if spec is not None and spec.dtype not in DTYPES:
+        return f"dtype is {spec.dtype}; allowed on TPU: {', '.join(DTYPES)}"
+    return None
 
 
 def forward(

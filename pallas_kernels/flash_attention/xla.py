@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.common import MASKED, Target
+from pallas_kernels.common import MASKED, Spec, Target
 from pallas_kernels.flash_attention import Mask, Options
 
 
@@ -277,3 +277,8 @@ def backward(
 
 
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def unsupported(spec: Spec | None, target: Target) -> str | None:
+    """Nothing is."""
+    return None

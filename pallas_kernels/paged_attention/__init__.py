@@ -15,13 +15,15 @@
 - What is not visible is selected away: NaN in page 0, in unused pages (data and scales), behind
   the end of a row and in the queries of padding tokens changes no bit of any other output.
 - Page ids outside the pool are clipped into it, never read outside; slots outside are not written.
+  kv_lens beyond a row's table, MP * page_size, count as that.
 - `copy_pages` reads every source before it writes: a page may be both source and destination.
 - Cost follows the real lengths: nothing is computed for pages behind the longest row of a batch.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.common import (
     check_array,
@@ -31,6 +33,9 @@ from pallas_kernels.common import (
     dtype_name,
 )
 
+# Positions and windows are int32, and their sums must be.
+MAX_WINDOW = 2**30
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Ragged:
     """How the flat tokens of a step map to rows and pages. Arrays are int32.
 
     page_table [S, MP]: page ids; entries behind a row's pages are 0, the page that nobody owns.
-    kv_lens [S]: tokens visible to the row after this step's writes; 0 for padding rows.
+    kv_lens [S]: tokens visible to the row after this step's writes, its new ones among them; 0 for
+        padding rows.
     cu_q_lens [S + 1]: row i's new tokens are the flat tokens [cu[i], cu[i + 1]), and they are the
         last positions of [0, kv_lens[i]); a row may have none.
     num_decode []: rows [0, num_decode) have exactly one new token, so flat token i is row i's.
@@ -56,34 +62,53 @@ class Ragged:
 
 
 def validate_layout(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int) -> None:
-    """ValueError unless all are ints >= 1."""
+    """ValueError unless all are ints >= 1 and int32 numbers every slot."""
     check_positive("num_pages", num_pages)
     check_positive("page_size", page_size)
+    if num_pages * page_size > 2**31 - 1:
+        raise ValueError(
+            f"num_pages is {num_pages} with pages of {page_size}; slots are int32, so at most "
+            f"{(2**31 - 1) // page_size} pages"
+        )
     check_positive("num_kv_heads", num_kv_heads)
     check_positive("head_dim", head_dim)
 
 
-def validate_copy(src: jax.Array, dst: jax.Array) -> None:
-    """ValueError unless `src` and `dst` are int32 [C]."""
+def copy_pool(pool: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
+    """`pool [P, ...]` with page dst[i] as page src[i] was, for every i.
+
+    Sources outside the pool are clipped into it, destinations outside are dropped. ValueError
+    unless `src` and `dst` are int32 [C].
+    """
     check_array("src", src, (None,), "[C]")
     check_array("dst", dst, (src.shape[0],), "[C]")
     check_int32("src", src)
     check_int32("dst", dst)
+    num_pages = pool.shape[0]
+    # A negative index would count from the end.
+    src = jnp.clip(src, 0, num_pages - 1)
+    dst = jnp.where(dst < 0, num_pages, dst)
+    return pool.at[dst].set(pool[src], mode="drop")
 
 
 def validate(
     q: jax.Array,  # [T, N, H]
     ragged: Ragged,
     *,
+    num_pages: int,
+    page_size: int,
     num_kv_heads: int,
     head_dim: int,
     scale: float,
     window: int | None,
     soft_cap: float | None,
-) -> None:
-    """ValueError, naming argument, value and what is allowed, unless they fit each other."""
-    dtype_name(q.dtype, "q.dtype")
+) -> Ragged:
+    """`ragged` with page ids within the pool and lengths within the rows' tables.
+
+    ValueError, naming argument, value and what is allowed, unless the arguments fit each other.
+    """
     check_array("q", q, (None, None, head_dim), "[T, N, H] with the pages' H")
+    dtype_name(q.dtype, "q.dtype")
     if q.shape[1] % num_kv_heads:
         raise ValueError(
             f"q has {q.shape[1]} heads; it must be a multiple of the pages' {num_kv_heads} KV heads"
@@ -101,3 +126,10 @@ def validate(
             f"ragged.decode_only with {q.shape[0]} tokens and {num_rows} rows; they must be equal"
         )
     check_options(scale, window, soft_cap)
+    if window is not None and window > MAX_WINDOW:
+        raise ValueError(f"window is {window}; it must be None or in [1, 2**30]")
+    return replace(
+        ragged,
+        page_table=jnp.clip(ragged.page_table, 0, num_pages - 1),
+        kv_lens=jnp.clip(ragged.kv_lens, 0, ragged.page_table.shape[1] * page_size),
+    )

@@ -27,7 +27,6 @@ copy_pages = token_major.copy_pages
 HEAD_DIMS = (64, 128, 256)
 # Query heads of one KV head: what a decoding warpgroup has registers for, by head_dim.
 MOST_GROUPED = {64: 48, 128: 48, 256: 32}
-CHIPS = ("H100", "H200", "H800", "H20", "GH200")
 Config = tuple[DecodeConfig, PrefillConfig]
 
 
@@ -38,16 +37,15 @@ def allocate(
     return token_major.allocate(num_pages, page_size, num_kv_heads, head_dim, dtype)
 
 
-def unsupported(spec: Spec, target: Target) -> str | None:
+def unsupported(spec: Spec | None, target: Target) -> str | None:
     """Why these kernels cannot do `spec` on `target`; None when they can."""
-    why_not = missing()
-    if why_not:
+    why_not = missing(target)
+    if why_not or spec is None:
         return why_not
-    chip = target.device_kind
-    if chip is not None and not any(name in chip for name in CHIPS):
-        return f"device_kind is {chip}; allowed: Hopper ({', '.join(CHIPS)})"
     if spec.dtype not in ("bfloat16", "float16"):
         return f"dtype is {spec.dtype}; allowed: bfloat16, float16"
+    if spec.page_size is None or spec.page_dtype is None:
+        return None
     if spec.page_dtype not in (spec.dtype, *QUANTISED):
         return f"page_dtype is {spec.page_dtype}; allowed: {spec.dtype}, {', '.join(QUANTISED)}"
     if spec.head_dim not in HEAD_DIMS:
@@ -114,9 +112,11 @@ def paged_attention(
     With fp8 pages the scores are multiplied in float16: |q| must be below 65504.
     """
     page_size, head_dim = pages.data.shape[1], pages.data.shape[3]
-    validate(
+    ragged = validate(
         q,
         ragged,
+        num_pages=pages.data.shape[0],
+        page_size=page_size,
         num_kv_heads=pages.num_kv_heads,
         head_dim=head_dim,
         scale=scale,

@@ -22,7 +22,7 @@ def allocate(
     return token_major.allocate(num_pages, page_size, num_kv_heads, head_dim, dtype)
 
 
-def unsupported(spec: Spec, target: Target) -> str | None:
+def unsupported(spec: Spec | None, target: Target) -> str | None:
     """Nothing is."""
     return None
 
@@ -40,9 +40,11 @@ def paged_attention(
     """See `pallas_kernels.paged_attention` for the contract."""
     page_size, head_dim = pages.data.shape[1], pages.data.shape[3]
     num_kv_heads = pages.num_kv_heads
-    validate(
+    ragged = validate(
         q,
         ragged,
+        num_pages=pages.data.shape[0],
+        page_size=page_size,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         scale=scale,
@@ -62,9 +64,9 @@ def paged_attention(
         if window is not None:
             visible &= positions > q_pos - window
         table = ragged.page_table[row]
-        kv = pages.data.at[table].get(mode="clip").astype(jnp.float32)  # [MP, page_size, 2 * K, H]
+        kv = pages.data[table].astype(jnp.float32)  # [MP, page_size, 2 * K, H]
         if pages.scales is not None:
-            scales = pages.scales.at[table].get(mode="clip")
+            scales = pages.scales[table]
             kv *= scales.transpose(0, 2, 1)[..., None]
         kv = jnp.where(visible[:, None, None], kv.reshape(-1, 2 * num_kv_heads, head_dim), 0.0)
         group = num_heads // num_kv_heads

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import PAGE_DTYPES, QUANTISED, dtype_name, quantise
-from pallas_kernels.paged_attention import validate_copy, validate_layout
+from pallas_kernels.paged_attention import copy_pool, validate_layout
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +35,7 @@ def allocate(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, d
     heads = 2 * num_kv_heads
     return Pages(
         data=jnp.zeros((num_pages, page_size, heads, head_dim), name),
-        scales=jnp.zeros((num_pages, heads, page_size)) if name in QUANTISED else None,
+        scales=jnp.zeros((num_pages, heads, page_size), jnp.float32) if name in QUANTISED else None,
     )
 
 
@@ -49,10 +49,7 @@ def page_bytes(page_size: int, num_kv_heads: int, head_dim: int, dtype: str) -> 
 
 def copy_pages(pages: Pages, src: jax.Array, dst: jax.Array) -> Pages:
     """Page dst[i] becomes what page src[i] was, for every i."""
-    validate_copy(src, dst)
-    return jax.tree.map(
-        lambda pool: pool.at[dst].set(pool.at[src].get(mode="clip"), mode="drop"), pages
-    )
+    return jax.tree.map(lambda pool: copy_pool(pool, src, dst), pages)
 
 
 def write(pages: Pages, k: jax.Array, v: jax.Array, slots: jax.Array) -> Pages:

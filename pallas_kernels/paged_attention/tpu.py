@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tuning
 from pallas_kernels.common import PAGE_DTYPES, Spec, Target, dtype_name
-from pallas_kernels.paged_attention import Ragged, validate, validate_copy, validate_layout
+from pallas_kernels.paged_attention import Ragged, copy_pool, validate, validate_layout
 from pallas_kernels.paged_attention.tpu_decode import DecodeConfig, Options, decode
 from pallas_kernels.paged_attention.tpu_decode import rule as decode_rule
 from pallas_kernels.paged_attention.tpu_layout import LANES, SUBLANES, Layout
@@ -76,16 +76,17 @@ def page_bytes(page_size: int, num_kv_heads: int, head_dim: int, dtype: str) -> 
 
 def copy_pages(pages: Pages, src: jax.Array, dst: jax.Array) -> Pages:
     """Page dst[i] becomes what page src[i] was, for every i."""
-    validate_copy(src, dst)
-    return jax.tree.map(
-        lambda pool: pool.at[dst].set(pool.at[src].get(mode="clip"), mode="drop"), pages
-    )
+    return jax.tree.map(lambda pool: copy_pool(pool, src, dst), pages)
 
 
-def unsupported(spec: Spec, target: Target) -> str | None:
+def unsupported(spec: Spec | None, target: Target) -> str | None:
     """Why this cannot be done on the chip, or in interpret mode, which follows the chip."""
+    if spec is None:
+        return None
     if spec.dtype == "float16":
         return "dtype is float16; allowed on TPU: float32, bfloat16"
+    if spec.page_size is None or spec.page_dtype is None:
+        return None
     return _unsupported_pages(spec.page_size, spec.page_dtype, target)
 
 
@@ -114,9 +115,11 @@ def paged_attention(
 ) -> jax.Array:  # [T, N, H]
     """See `pallas_kernels.paged_attention` for the contract. `config` overrides the block sizes."""
     layout = pages.layout
-    validate(
+    ragged = validate(
         q,
         ragged,
+        num_pages=pages.data.shape[0],
+        page_size=layout.page_size,
         num_kv_heads=layout.num_kv_heads,
         head_dim=layout.head_dim,
         scale=scale,
@@ -150,7 +153,7 @@ def paged_attention(
     )
     num_tokens = q.shape[0]
     num_rows = ragged.page_table.shape[0]
-    table = jnp.clip(ragged.page_table, 0, pages.data.shape[0] - 1)
+    table = ragged.page_table
     is_decoded = jnp.arange(num_rows, dtype=jnp.int32) < ragged.num_decode
     lens = jnp.where(is_decoded, ragged.kv_lens, 0)
     pools = (pages.data, pages.scales)

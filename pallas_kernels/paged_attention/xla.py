@@ -25,7 +25,7 @@ from pallas_kernels.common import (
     dtype_name,
     quantise,
 )
-from pallas_kernels.paged_attention import Ragged, validate, validate_copy, validate_layout
+from pallas_kernels.paged_attention import Ragged, copy_pool, validate, validate_layout
 
 # Positions per step of the decode loop and of the tile loop; query tokens per tile. The last
 # few tokens of a row, and the few of a row that verifies a draft, take the small tile.
@@ -85,7 +85,9 @@ def allocate(
     if name not in QUANTISED:
         return pages
     # Two arrays, not one twice: a donated pool has no buffer twice.
-    k_scale, v_scale = (jnp.zeros((num_pages, num_kv_heads, page_size)) for _ in range(2))
+    k_scale, v_scale = (
+        jnp.zeros((num_pages, num_kv_heads, page_size), jnp.float32) for _ in range(2)
+    )
     return Pages(pages.k, pages.v, k_scale, v_scale)
 
 
@@ -99,13 +101,10 @@ def page_bytes(page_size: int, num_kv_heads: int, head_dim: int, dtype: str) -> 
 
 def copy_pages(pages: Pages, src: jax.Array, dst: jax.Array) -> Pages:
     """Page dst[i] becomes what page src[i] was, for every i."""
-    validate_copy(src, dst)
-    return jax.tree.map(
-        lambda pool: pool.at[dst].set(pool.at[src].get(mode="clip"), mode="drop"), pages
-    )
+    return jax.tree.map(lambda pool: copy_pool(pool, src, dst), pages)
 
 
-def unsupported(spec: Spec, target: Target) -> str | None:
+def unsupported(spec: Spec | None, target: Target) -> str | None:
     """Nothing is."""
     return None
 
@@ -138,9 +137,11 @@ def paged_attention(
 ) -> jax.Array:  # [T, N, H]
     """See `pallas_kernels.paged_attention` for the contract."""
     num_kv_heads, head_dim = pages.k.shape[1:3]
-    validate(
+    ragged = validate(
         q,
         ragged,
+        num_pages=pages.k.shape[0],
+        page_size=pages.k.shape[-1],
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         scale=scale,
@@ -314,7 +315,7 @@ def _tile(
     acc = jnp.zeros((num_kv_heads, group, size, head_dim), jnp.float32)
     state = (largest, jnp.zeros_like(largest), acc)
     _, total, acc = lax.fori_loop(low // width, (high + (width - 1)) // width, step, state)
-    out = acc / jnp.where(is_real, total, 1.0)[..., None]
+    out = acc / jnp.where(total > 0, total, 1.0)[..., None]
     return out.transpose(2, 0, 1, 3)
 
 

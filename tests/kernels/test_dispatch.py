@@ -16,9 +16,44 @@ from pallas_kernels.common import Target
 @pytest.mark.parametrize("platform", dispatch.PLATFORMS)
 def test_auto_takes_the_fastest(platform: str):
     ops = pallas_kernels.resolve("auto", platform)
-    assert (ops.name, ops.platform) == (dispatch._AUTO[platform][0], platform)
-    assert ops.reason == f"the fastest there is on {platform}"
-    assert dispatch._AUTO["cpu"] == ("xla",)
+    is_old = jax.__version_info__ < (0, 11)
+    fastest = {"cpu": "xla", "tpu": "tpu", "gpu": "xla" if is_old else "mosaic_gpu"}
+    assert (ops.name, ops.platform) == (fastest[platform], platform)
+    assert f"the fastest there is on {platform}" in ops.reason
+    assert ("not mosaic_gpu: jax is" in ops.reason) == (platform == "gpu" and is_old)
+
+
+@pytest.mark.parametrize("chip", ["NVIDIA A100-SXM4-80GB", "NVIDIA B200", "AMD Instinct MI300X"])
+def test_a_gpu_that_is_no_hopper_takes_xla(chip: str):
+    ops = pallas_kernels.resolve("auto", "gpu", device_kind=chip)
+    assert ops.name == "xla" and "not mosaic_gpu" in ops.reason
+    assert pallas_kernels.resolve("auto", "rocm").name == "xla"
+    with pytest.raises(ValueError, match=r"'mosaic_gpu' cannot do this: (device_kind|jax) is"):
+        pallas_kernels.resolve("mosaic_gpu", "gpu", device_kind=chip)
+
+
+def test_without_pages_flash_attention_is_asked():
+    plain = Spec(8, 2, 64, None, "float16", None)
+    ops = pallas_kernels.resolve("auto", "tpu", spec=plain)
+    assert ops.name == "xla" and "not tpu: dtype is float16; allowed" in ops.reason
+    assert pallas_kernels.resolve("auto", "tpu", spec=replace(plain, dtype="float32")).name == "tpu"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 5}, "num_heads is 5; it must be a multiple of num_kv_heads, 2"),
+        ({"num_kv_heads": 0}, "num_kv_heads is 0"),
+        ({"head_dim": -1}, "head_dim is -1"),
+        ({"page_size": 0}, "page_size is 0"),
+        ({"page_size": None}, "page_size is None and page_dtype float32; give both or none"),
+        ({"dtype": "float64"}, "dtype is float64; allowed: float32"),
+        ({"page_dtype": "int4"}, "page_dtype is int4; allowed: float32"),
+    ],
+)
+def test_a_spec_that_makes_no_sense_is_refused(change: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        replace(SPEC, **change)
 
 
 def test_the_platform_is_jax_s_own_by_default():
@@ -44,14 +79,18 @@ def test_what_does_not_exist_is_refused_with_a_list(name: str):
 def test_an_unknown_platform_is_refused():
     with pytest.raises(ValueError, match="platform is 'metal'; allowed: cpu, gpu, tpu"):
         pallas_kernels.resolve("auto", "metal")
+    with pytest.raises(ValueError, match="platform is 'metal'"):
+        pallas_kernels.available("metal")
+    with pytest.raises(ValueError, match="impl is 7, which does not exist"):
+        pallas_kernels.resolve(7, "cpu")  # type: ignore[arg-type]
 
 
 SPEC = Spec(8, 2, 64, 16, "float32", "float32")
 WIDE = replace(SPEC, head_dim=128)
 
 
-def _refuse_wide_heads(spec: Spec, target: Target) -> str | None:
-    if spec.head_dim > 64:
+def _refuse_wide_heads(spec: Spec | None, target: Target) -> str | None:
+    if spec is not None and spec.head_dim > 64:
         return f"head_dim is {spec.head_dim}; on {target.device_kind} it must be <= 64"
     return None
 

@@ -317,8 +317,8 @@ def test_memory_is_linear_in_length():
     [
         ({"q": jnp.zeros((2, 5, 16))}, r"q has shape \(2, 5, 16\); it must be \[B, S, N, H\]"),
         ({"q": jnp.zeros((2, 0, 4, 16))}, r"q has shape \(2, 0, 4, 16\)"),
-        ({"k": jnp.zeros((3, 7, 2, 16))}, r"k has shape \(3, 7, 2, 16\).*\(2, any, any, 16\)"),
-        ({"k": jnp.zeros((2, 7, 2, 8))}, r"k has shape \(2, 7, 2, 8\).*\(2, any, any, 16\)"),
+        ({"k": jnp.zeros((3, 7, 2, 16))}, r"k has shape \(3, 7, 2, 16\).*\(2, >= 1, >= 1, 16\)"),
+        ({"k": jnp.zeros((2, 7, 2, 8))}, r"k has shape \(2, 7, 2, 8\).*\(2, >= 1, >= 1, 16\)"),
         ({"v": jnp.zeros((2, 6, 2, 16))}, r"v has shape \(2, 6, 2, 16\).*\(2, 7, 2, 16\)"),
         ({"q": jnp.zeros((2, 5, 3, 16))}, "q has 3 heads; it must be a multiple of k's 2"),
         ({"q": jnp.zeros((2, 5, 4, 16), int)}, "q.dtype is int32; allowed: float32, bfloat16"),
@@ -329,7 +329,7 @@ def test_memory_is_linear_in_length():
         ({"window": 4, "causal": False}, "window is 4 with causal=False; .* needs causal=True"),
         ({"soft_cap": 0.0}, "soft_cap is 0.0; it must be None or a finite float > 0"),
         ({"soft_cap": math.inf}, "soft_cap is inf"),
-        ({"scale": math.nan}, "scale is nan; it must be a finite Python float"),
+        ({"scale": math.nan}, "scale is nan; it must be a finite float"),
         ({"q_offset": -1}, "q_offset is -1; it must be >= 0"),
         ({"q_offset": 2**30 - 4}, r"q_offset is 1073741820; .* 2\*\*30 - S at most"),
         ({"q_offset": True}, "q_offset is True; it must be an int or an int32 array"),
@@ -348,7 +348,7 @@ def test_memory_is_linear_in_length():
         ({"segment_ids": (jnp.zeros((2, 5), int),)}, "segment_ids is a tuple of 1; .* two"),
         ({"segment_ids": [[0] * 5] * 2}, "segment_ids is a list of 2; it must be an int32 array"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
 )
 def test_arguments_that_do_not_fit_are_named(change: dict[str, Any], message: str):
     """Checked before anything is traced, and before an implementation is asked."""

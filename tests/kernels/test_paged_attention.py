@@ -105,6 +105,27 @@ def test_what_is_unused_changes_no_bit(
     assert np.array_equal(clean, attend(ops, changed(built, page_table=table)))
 
 
+@pytest.mark.parametrize("name", ["decode", "mixed"])
+def test_what_lies_outside_the_tables_and_the_pool_is_clipped(ops: Ops, name: str):
+    """Lengths beyond a row's table count as its capacity; ids outside the pool as its ends."""
+    built = build(Case(**scenario(name, 8), window=50))
+    table = built.ragged["page_table"].copy()
+    table[0, 0], table[1, 0] = 0, built.num_pages - 1
+    kv_lens = built.ragged["kv_lens"].copy()
+    kv_lens[2] = table.shape[1] * built.case.page_size
+    inside = attend(ops, changed(built, page_table=table, kv_lens=kv_lens), fill=0.0)
+    table[0, 0], table[1, 0] = -7, 2**31 - 1
+    kv_lens[2] = 10**9
+    outside = attend(ops, changed(built, page_table=table, kv_lens=kv_lens), fill=0.0)
+    assert np.array_equal(inside, outside)
+    reference = attend(
+        pallas_kernels.resolve("reference"),
+        changed(built, page_table=table, kv_lens=kv_lens),
+        fill=0.0,
+    )
+    assert error_of(outside, reference.astype(np.float64)) <= 1
+
+
 def test_a_row_does_not_depend_on_its_batch_mates(ops: Ops):
     """Same shapes, other lengths and contents around it: the row's bits stay."""
     rows = ((1, 37), (1, 300), (9, 130), (70, 90))
@@ -211,7 +232,7 @@ def test_no_array_grows_with_the_length_of_what_is_cached():
     ("change", "message"),
     [
         ({"q": jnp.zeros((4, 5, 16))}, r"q has 5 heads; it must be a multiple of .* 2 KV heads"),
-        ({"q": jnp.zeros((4, 6, 8))}, r"q has shape \(4, 6, 8\).*\(any, any, 16\)"),
+        ({"q": jnp.zeros((4, 6, 8))}, r"q has shape \(4, 6, 8\).*\(>= 1, >= 1, 16\)"),
         ({"q": jnp.zeros((4, 6, 16), jnp.int32)}, "q.dtype is int32; allowed: float32, bfloat16"),
         ({"q": jnp.zeros((5, 6, 16))}, r"ragged.slots has shape \(4,\)"),
         ({"kv_lens": jnp.zeros(3, jnp.int32)}, r"ragged.kv_lens has shape \(3,\)"),
@@ -224,6 +245,11 @@ def test_no_array_grows_with_the_length_of_what_is_cached():
             "decode_only with 5 tokens and 4 rows",
         ),
         ({"window": 0}, "window is 0; it must be an int >= 1"),
+        ({"window": 2**40}, "window is 1099511627776; it must be None or in"),
+        ({"soft_cap": 1e39}, "soft_cap is 1e.39; it must be None or a finite float > 0"),
+        ({"scale": 10**400}, "scale is 10+; it must be a finite float"),
+        ({"scale": True}, "scale is True; it must be a finite float"),
+        ({"q": [1.0]}, r"q is a list; it must be an array \[T, N, H\]"),
         ({"window": 2.0}, "window is 2.0"),
         ({"soft_cap": -1.0}, "soft_cap is -1.0; it must be None or"),
         ({"scale": float("nan")}, "scale is nan"),

@@ -110,6 +110,18 @@ def test_copy_pages_reads_before_it_writes(ops: Ops, dtype: str):
     assert np.array_equal(out, before[[0, 1, 1, 2, 4, 1]])
 
 
+def test_copies_from_and_to_pages_outside_the_pool(ops: Ops):
+    """A source is clipped into the pool, a destination outside is no page."""
+    k, v = draw(P * SIZE)
+    slots = jnp.arange(P * SIZE, dtype=jnp.int32)
+    pages = write(ops, ops.allocate(P, SIZE, K, H, "float32"), k, v, slots)
+    src = jnp.asarray([-1, 2**31 - 1, 3, 3, 3], jnp.int32)
+    dst = jnp.asarray([1, 2, -1, P, -(2**31)], jnp.int32)
+    out = read(ops, ops.copy_pages(pages, src, dst)).reshape(P, SIZE, K, H)
+    before = np.asarray(v).reshape(P, SIZE, K, H)
+    assert np.array_equal(out, before[[0, 0, P - 1, 3, 4, 5]])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_copy_pages_copies_keys_too(ops: Ops, dtype: str):
     k, v = draw(2 * SIZE)
@@ -192,6 +204,7 @@ def test_a_donated_step_writes_in_place(ops: Ops, dtype: str, decode_only: bool)
     ("change", "message"),
     [
         ({"num_pages": 0}, "num_pages is 0; it must be an int >= 1"),
+        ({"num_pages": 2**29}, "slots are int32, so at most 268435455 pages"),
         ({"page_size": 2.5}, "page_size is 2.5"),
         ({"num_kv_heads": -1}, "num_kv_heads is -1"),
         ({"head_dim": True}, "head_dim is True"),
