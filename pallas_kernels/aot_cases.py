@@ -6,7 +6,6 @@ chip, and the rest varies along (pairwise).
 """
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -72,25 +71,14 @@ def programs(chip: Chip) -> list[Program]:
     for impl, platforms in IMPLEMENTATIONS.items():
         if chip.platform not in platforms:
             continue
-        if not all(_module(op, impl) for op in OPS[:3]):
-            why = f"there is no implementation {impl!r} of every operation"
-            found.append(Program(f"{impl}/all", _nothing, (), refused=why))
-            continue
         matrix = _kernel_matrix if impl in KERNELS else _plain_matrix
         found += matrix(impl, chip)
     return found
 
 
-def _nothing() -> None:
-    """What is refused before there is anything to call."""
-
-
 def _module(op: str, impl: str) -> Any:
-    """The module of `op` by `impl`; None where there is none."""
-    name = f"pallas_kernels.{op}.{impl}"
-    if importlib.util.find_spec(name) is None:
-        return None
-    return importlib.import_module(name)
+    """The module of `op` by `impl`."""
+    return importlib.import_module(f"pallas_kernels.{op}.{impl}")
 
 
 def _plain_matrix(impl: str, chip: Chip) -> Iterator[Program]:

@@ -331,13 +331,12 @@ class Block:
 
 
 def _gather(pages: Pages, ids: jax.Array) -> Block:
-    """The pages ids [R, B]; C = B * page_size.
+    """The pages ids [R, B], which `validate` has put within the pool; C = B * page_size.
 
     Gathers (page, head) slices: each is contiguous, and v needs no transpose after.
     """
     num_pages, num_kv_heads, head_dim, page_size = pages.k.shape
     num_rows, block = ids.shape
-    ids = jnp.clip(ids, 0, num_pages - 1)
     slices = ids[:, None] * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)[:, None]
 
     def gather(pool: jax.Array) -> jax.Array:

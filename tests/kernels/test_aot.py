@@ -122,8 +122,6 @@ def test_every_stage_meets_every_head_shape_and_page_dtype(chip):
     names = list(aot.programs_for(chip))
     kernel = "mosaic_gpu/" if CHIPS[chip].platform == "gpu" else "tpu/"
     mine = [name for name in names if name.startswith(kernel)]
-    if mine == [f"{kernel}all"]:
-        pytest.skip("the kernels are not there")
     decode = [name for name in mine if "decode" in name]
     for heads in aot_cases.HEADS:
         assert any(heads in name for name in decode), heads
@@ -143,7 +141,7 @@ def test_the_tpus_together_have_every_head_shape_in_every_stage():
 
 
 def test_what_is_refused_is_a_row_with_its_reason(capsys):
-    program = Program("tpu/x", aot_cases._nothing, (), refused="page_size is 9")
+    program = Program("tpu/x", lambda: None, (), refused="page_size is 9")
     result = aot_targets.compile_program(program, CHIPS["v4"])
     assert (result.status, result.refused) == ("refused", "page_size is 9")
     assert "refused: page_size is 9" in aot.row(result)
