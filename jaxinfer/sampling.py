@@ -22,6 +22,8 @@ NOTHING_ALLOWED = -2
 """Token id that stands for: every token of this row was banned."""
 _NEG_INF = float("-inf")
 _MAX = float(jnp.finfo(jnp.float32).max)
+_ARGMAX_BLOCK = 128
+"""Columns; it divides the vocabularies of most models."""
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
@@ -116,6 +118,7 @@ def _filter(
     vocab = x.shape[1]
     top_k = jnp.where(random & (params.top_k > 0), params.top_k, vocab)
 
+    @jax.named_scope("top_k")
     def keep_top_k(x):
         threshold = _largest_threshold(
             lambda t: (
@@ -129,6 +132,7 @@ def _filter(
     # A value that float32 flushes to 0 would be reached by the empty set.
     top_p = jnp.where(random, jnp.maximum(params.top_p, _TINY), 1.0)
 
+    @jax.named_scope("top_p")
     def keep_top_p(x):
         mass = jax.nn.softmax(x, axis=1)
         threshold = _largest_threshold(
@@ -139,9 +143,10 @@ def _filter(
         return jnp.where(keep, x, _NEG_INF)
 
     x = jax.lax.cond(jnp.any(top_p < 1), keep_top_p, lambda x: x, x)
-    min_p = jnp.where(random, params.min_p, 0.0)
-    floor = jnp.max(x, axis=1) + jnp.log(min_p)  # log(0) = -inf: off
-    return jnp.where(x >= floor[:, None], x, _NEG_INF)
+    with jax.named_scope("min_p"):
+        min_p = jnp.where(random, params.min_p, 0.0)
+        floor = jnp.max(x, axis=1) + jnp.log(min_p)  # log(0) = -inf: off
+        return jnp.where(x >= floor[:, None], x, _NEG_INF)
 
 
 def _sortable(x: Float[Array, "S V"]) -> UInt32[Array, "S V"]:
@@ -164,6 +169,7 @@ def _largest_threshold(
     return jax.lax.fori_loop(0, 32, bit, jnp.zeros((rows,), jnp.uint32))
 
 
+@jax.named_scope("row_keys")
 def row_keys(params: SampleParams) -> Array:
     """[S] typed PRNG keys from (64-bit seed, sample index, position): nothing else changes a
     draw."""
@@ -177,6 +183,7 @@ def row_keys(params: SampleParams) -> Array:
     return jax.vmap(key)(params.seed_low, params.seed_high, params.sample_index, params.position)
 
 
+@jax.named_scope("draw")
 def draw(
     processed: Float[Array, "S V"], params: SampleParams, keys: Callable[[], Array] | None = None
 ) -> Int32[Array, " S"]:
@@ -190,21 +197,35 @@ def draw(
 
     def with_random(logits):
         filtered = filtered_logits(logits, params)
-        with jax.named_scope("draw"):
+        with jax.named_scope("noise"):
             noise = jax.vmap(lambda k: jax.random.gumbel(k, (logits.shape[1],), jnp.float32))(
                 make_keys()
             )
-            choice = jnp.argmax(filtered + noise, axis=1).astype(jnp.int32)
-        return jnp.where(random, choice, jnp.argmax(logits, axis=1).astype(jnp.int32))
+            choice = argmax(filtered + noise)
+        return jnp.where(random, choice, argmax(logits))
 
-    return jax.lax.cond(
-        jnp.any(random),
-        with_random,
-        lambda logits: jnp.argmax(logits, axis=1).astype(jnp.int32),
-        processed,
-    )
+    return jax.lax.cond(jnp.any(random), with_random, argmax, processed)
 
 
+@jax.named_scope("argmax")
+def argmax(x: Float[Array, "S V"]) -> Int32[Array, " S"]:
+    """The first column of each row's largest value, as jnp.argmax where no value is NaN; any id
+    where one is.
+
+    In two levels, because a max is vectorised on a CPU and a search for its index is not: the first
+    block whose max is the row's, then the first column in that block.
+    """
+    rows, vocab = x.shape
+    if vocab % _ARGMAX_BLOCK:
+        return jnp.argmax(x, axis=1).astype(jnp.int32)
+    blocks = x.reshape(rows, vocab // _ARGMAX_BLOCK, _ARGMAX_BLOCK)
+    best = jnp.max(blocks, axis=2)
+    block = jnp.argmax(best, axis=1).astype(jnp.int32)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1, mode="clip")[:, 0]
+    return block * _ARGMAX_BLOCK + jnp.argmax(inside, axis=1).astype(jnp.int32)
+
+
+@jax.named_scope("sampler")
 def sample(
     logits: Float[Array, "S V"],
     params: SampleParams,
@@ -212,13 +233,18 @@ def sample(
     bias_table: Float[Array, "B V"],
     valid_vocab: int,
     keys: Callable[[], Array] | None = None,
+    broken: Bool[Array, " S"] | None = None,
 ) -> Int32[Array, " S"]:
-    """[S] token ids, NON_FINITE or NOTHING_ALLOWED. Arguments as in process_logits()."""
-    finite = jnp.all(jnp.isfinite(logits), axis=1)
-    logits = jnp.where(finite[:, None], logits, 0.0)
+    """[S] token ids, NON_FINITE (also where `broken`) or NOTHING_ALLOWED. Arguments as in
+    process_logits()."""
+    with jax.named_scope("finite"):
+        finite = jnp.all(jnp.isfinite(logits), axis=1)
+        if broken is not None:
+            finite &= ~broken
     processed = process_logits(logits, params, history, bias_table, valid_vocab)
     tokens = draw(processed, params, keys)
-    allowed = jnp.max(processed, axis=1) > _NEG_INF
+    with jax.named_scope("allowed"):
+        allowed = jnp.max(processed, axis=1) > _NEG_INF
     tokens = jnp.where(allowed, tokens, NOTHING_ALLOWED)
     return jnp.where(finite, tokens, NON_FINITE)
 

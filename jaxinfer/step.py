@@ -36,7 +36,8 @@ def step(
         previous: the tokens of the step before, which Batch.feed indexes.
         num_top: K of the log-prob outputs. valid_vocab: ids the tokenizer has.
     """
-    batch = layout.unpack(packed)
+    with jax.named_scope("unpack"):
+        batch = layout.unpack(packed)
     with jax.named_scope("feed"):
         fed = previous.at[jnp.maximum(batch.feed, 0)].get(mode="clip")
         tokens = jnp.where(batch.feed >= 0, jnp.maximum(fed, 0), batch.tokens)
@@ -47,19 +48,22 @@ def step(
     with jax.named_scope("logits"):
         logits = model.logits(params, hidden.at[batch.last].get(mode="clip"))
         broken = ~_finite_rows(hidden, batch.ragged.cu_q_lens)
-        logits = jnp.where(broken[:, None], jnp.nan, logits)
     drawn = sampling.sample(
         logits,
         batch.sample,
         lambda: _history(page_tokens, batch.ragged.page_table),
         bias_table,
         valid_vocab,
+        broken=broken,
     )
     with jax.named_scope("logprobs"):
         chosen = _row_log_probs(logits, drawn, batch.sample.num_logprobs, num_top)
-        prompt = _prompt_log_probs(model, params, hidden, batch, num_top)
-    padding = previous.shape[0] - drawn.shape[0]
-    result = StepResult(jnp.pad(drawn, (0, padding)), *chosen, *prompt)
+        prompt = _empty_log_probs(batch.targets.shape[0], num_top)
+        if not layout.bucket.decode_only:  # Buckets.choose sends no row there that asks for them
+            prompt = _prompt_log_probs(model, params, hidden, batch, num_top)
+    with jax.named_scope("result"):
+        padding = previous.shape[0] - drawn.shape[0]
+        result = StepResult(jnp.pad(drawn, (0, padding)), *chosen, *prompt)
     return result, KVPages(layers, page_tokens)
 
 
@@ -118,6 +122,7 @@ def _prompt_log_probs(model: Model, params: dict, hidden, batch: Batch, num_top:
     )
 
 
+@jax.named_scope("copy_pages")
 def copy_pages(
     ops: Ops, pages: KVPages, source: Int32[Array, " C"], destination: Int32[Array, " C"]
 ) -> KVPages:
@@ -128,6 +133,7 @@ def copy_pages(
     )
 
 
+@jax.named_scope("set_bias_row")
 def set_bias_row(
     table: Float[Array, "B V"], slot: Int32[Array, ""], row: Float[Array, " V"]
 ) -> Float[Array, "B V"]:

@@ -13,10 +13,12 @@ HOST = {"errors", "request", "sampling_params", "config"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "_gc": set(),
     "sampling_params": {"errors"},
     "request": {"sampling_params"},
     "config": {"errors"},
     "metrics": set(),
+    "profiling": {"errors", "metrics", "jax"},
     "scheduling": HOST,
     "params": {"config", "errors"},
     "chat_template": HOST,
@@ -74,10 +76,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "pallas_kernels",
     },
     "mailbox": {"engine", "request"},
-    "llm": HOST | {"engine", "mailbox", "intake", "outputs", "runner", "setup", "tokenizer"},
-    "cli": HOST | {"llm"},
+    "llm": HOST
+    | {"engine", "mailbox", "intake", "outputs", "profiling", "runner", "setup", "tokenizer"},
+    "cli_commands": HOST,
+    "cli": HOST | {"cli_commands", "llm", "profiling"},
     "__main__": {"cli"},
-    "__init__": HOST | {"llm", "generate", "setup"},
+    "__init__": HOST | {"_gc", "llm", "generate", "setup"},
 }
 
 
@@ -140,8 +144,9 @@ def test_a_forbidden_import_is_found(tmp_path):
 
 
 def test_jit_is_only_in_the_runner():
-    """`jax.jit` appears in runner.py alone (and training/loop.py once it exists)."""
-    allowed = {"runner.py", "loop.py"}
+    """`jax.jit` appears in runner.py alone (and training/loop.py once it exists), but for the one in
+    layers.py through which equal layers share a trace."""
+    allowed = {"runner.py", "loop.py", "layers.py"}
     found = [
         str(p.relative_to(ROOT))
         for p in (ROOT / "jaxinfer").rglob("*.py")

@@ -31,10 +31,14 @@ class Block(nn.Module):
         attention = Attention(config, self.ops, self.dtype, self.layer, self.qk_norm, name="attn")
         normed = RMSNorm(config.norm_eps, name="attn_norm")(x)
         attended, pages = attention(normed, pages, table, ragged)
-        x = x + RMSNorm(config.norm_eps, name="attn_post_norm")(attended)
+        attended = RMSNorm(config.norm_eps, name="attn_post_norm")(attended)
+        with jax.named_scope("residual"):
+            x = x + attended
         normed = RMSNorm(config.norm_eps, name="mlp_norm")(x)
         fed = MLP(config, self.dtype, name="mlp")(normed)
-        return x + RMSNorm(config.norm_eps, name="mlp_post_norm")(fed), pages
+        fed = RMSNorm(config.norm_eps, name="mlp_post_norm")(fed)
+        with jax.named_scope("residual"):
+            return x + fed, pages
 
 
 def rules(config: ModelConfig) -> tuple[Rule, ...]:

@@ -32,9 +32,12 @@ class Block(nn.Module):
         attention = Attention(config, self.ops, self.dtype, self.layer, name="attn")
         normed = LayerNorm(config.norm_eps, name="attn_norm")(x)
         attended, pages = attention(normed, pages, table, ragged)
-        x = x + attended
+        with jax.named_scope("residual"):
+            x = x + attended
         normed = LayerNorm(config.norm_eps, name="mlp_norm")(x)
-        return x + MLP(config, self.dtype, gated=False, name="mlp")(normed), pages
+        fed = MLP(config, self.dtype, gated=False, name="mlp")(normed)
+        with jax.named_scope("residual"):
+            return x + fed, pages
 
 
 def split_weight(array: np.ndarray, config: ModelConfig, *, part: int) -> np.ndarray:

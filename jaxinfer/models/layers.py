@@ -6,6 +6,7 @@ norms, rotations and logits are computed in float32. Pages are opaque: only `ops
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -104,9 +105,10 @@ def rotation(rope: RopeConfig, head_dim: int, positions: jax.Array) -> Rotation:
 def rotate(x: jax.Array, table: Rotation) -> jax.Array:
     """x [T, N, H] rotated by position, x[i] paired with x[i + H/2] (arXiv:2104.09864)."""
     cos, sin = table
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)  # [T, N, 2, H/2]
+    # Not a concatenation of the halves: XLA:CPU does not vectorise one.
+    turned = halves * cos[..., None, :] + halves[..., ::-1, :] * jnp.stack([-sin, sin], axis=-2)
+    return turned.reshape(x.shape).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -177,23 +179,33 @@ class MLP(nn.Module):
     @nn.nowrap
     def project(self, spec: str, name: str, x: jax.Array, shape: tuple[int, int]) -> jax.Array:
         """x times weight `name`, with its bias where the model has one; float32."""
-        y = einsum(spec, x, weight(self, name, shape, self.dtype))
-        if self.config.mlp_bias:
-            y += weight(self, f"{name}_bias", shape[1:], self.dtype).astype(jnp.float32)
-        return y
+        with jax.named_scope(name):
+            y = einsum(spec, x, weight(self, name, shape, self.dtype))
+            if self.config.mlp_bias:
+                y += weight(self, f"{name}_bias", shape[1:], self.dtype).astype(jnp.float32)
+            return y
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         d, f = self.config.hidden_size, self.config.intermediate_size
         activation = ACTIVATIONS[self.config.activation]
         up = self.project("td,df->tf", "up", x, (d, f))
-        if self.gated:
-            inner = activation(self.project("td,df->tf", "gate", x, (d, f))) * up
-        else:
-            inner = activation(up)
+        gate = self.project("td,df->tf", "gate", x, (d, f)) if self.gated else None
+        with jax.named_scope("activation"):
+            inner = activation(up) if gate is None else activation(gate) * up
         return self.project("tf,fd->td", "down", inner.astype(self.dtype), (f, d)).astype(
             self.dtype
         )
+
+
+@partial(jax.jit, static_argnums=0)
+def _layer(block: nn.Module, weights: Any, x: jax.Array, pages: Any, table: Any, ragged: Any):
+    """One layer, traced and lowered once for all that differ in their weights alone.
+
+    XLA inlines the calls before anything else, so what runs is the same; without this, tracing
+    takes longer than loading the program from the compile cache.
+    """
+    return block.apply({"params": weights}, x, pages, table, ragged)
 
 
 class Decoder(nn.Module):
@@ -222,8 +234,17 @@ class Decoder(nn.Module):
                 tables[rope] = rotation(rope, config.head_dim, positions)
         written = []
         for layer in range(config.num_layers):
-            block = self.block(config, self.ops, self.dtype, layer, name=f"layers_{layer}")
-            x, layer_pages = block(x, pages[layer], tables[ropes[layer]], ragged)
+            name = f"layers_{layer}"
+            table = tables[ropes[layer]]
+            if self.is_initializing():
+                block = self.block(config, self.ops, self.dtype, layer, name=name)
+                x, layer_pages = block(x, pages[layer], table, ragged)
+            else:
+                # The first layer of its kind stands for all of them: they share its trace.
+                like = config.windows.index(config.windows[layer])
+                block = self.block(config, self.ops, self.dtype, like, parent=None, name="layers")
+                weights = self.variables["params"][name]
+                x, layer_pages = _layer(block, weights, x, pages[layer], table, ragged)
             written.append(layer_pages)
         return self.norm(config.norm_eps, name="norm")(x), tuple(written)
 

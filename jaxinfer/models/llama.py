@@ -43,9 +43,12 @@ class Block(nn.Module):
         attention = Attention(config, self.ops, self.dtype, self.layer, self.qk_norm, name="attn")
         normed = RMSNorm(config.norm_eps, name="attn_norm")(x)
         attended, pages = attention(normed, pages, table, ragged)
-        x = x + attended
+        with jax.named_scope("residual"):
+            x = x + attended
         normed = RMSNorm(config.norm_eps, name="mlp_norm")(x)
-        return x + MLP(config, self.dtype, name="mlp")(normed), pages
+        fed = MLP(config, self.dtype, name="mlp")(normed)
+        with jax.named_scope("residual"):
+            return x + fed, pages
 
 
 def rules(config: ModelConfig) -> tuple[Rule, ...]:

@@ -175,6 +175,6 @@ def test_layers_are_named_for_the_profiler():
     _, lowered = abstract_step(smollm2(), resolve("xla"), "float32", 2)
     text = lowered.as_text(debug_info=True)
     attn = ("qkv", "rope", "kv_write", "attention", "out")
-    scopes = ["embed", "rope_table", "norm", "logits", "layers_0/mlp", "layers_0/attn_norm"]
-    for scope in scopes + [f"layers_0/attn/{part}" for part in attn]:
+    scopes = ["embed", "rope_table", "norm", "logits", "layers/mlp", "layers/attn_norm"]
+    for scope in scopes + [f"layers/attn/{part}" for part in attn]:
         assert f"{scope}/" in text, scope
