@@ -1,36 +1,28 @@
-"""The engine on the default model: throughput beside transformers, host time, KV waste, memory,
-start-up.
+"""The engine alone: host time, KV waste, memory, start-up. Beside others: `benchmarks.peers`.
 
     python -m benchmarks.engine                  # every row
-    python -m benchmarks.engine throughput       # one of: throughput host waste start
+    python -m benchmarks.engine host             # one of: host waste start
 
-One JSON line per row. Throughput interleaves the engines in one process (A, B, A, B ...) so that a
-busy machine slows both; it reports medians and the ratio. transformers runs where torch is
-installed.
+One JSON line per row.
 """
 
 import argparse
-import gc
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
-from jaxinfer import LLM, SamplingParams
+from jaxinfer import SamplingParams
 from jaxinfer.config import SchedulerConfig
 from jaxinfer.request import Request
 from jaxinfer.scheduling.pages import PagePool
 from jaxinfer.scheduling.scheduler import Scheduler
-from jaxinfer.weights import open_model
 
-PROMPT_LEN = NEW_TOKENS = 128
 VOCAB = 49_152
 
 
@@ -41,79 +33,6 @@ def report(**row: object) -> None:
 def random_prompts(count: int, length: int, seed: int) -> list[list[int]]:
     rng = np.random.default_rng(seed)
     return rng.integers(0, VOCAB, (count, length)).tolist()
-
-
-def peak_memory() -> float:
-    """Peak resident memory of this process in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-# -- throughput
-# -------------------------------------------------------------------------------------
-
-
-def throughput(batches: list[int], repeats: int, dtype: Any) -> None:
-    """Output tokens per second at 128 in, 128 out, greedy; transformers is always float32."""
-    with LLM(enable_prefix_caching=False, dtype=dtype, verbose=False) as llm:
-        ask = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
-
-        def ours(prompts: list[list[int]]) -> None:
-            outputs = llm.generate(prompts, ask, use_tqdm=False)
-            if any(len(o.outputs[0].token_ids) != NEW_TOKENS for o in outputs):
-                raise RuntimeError("jaxinfer made another number of tokens than asked")
-
-        ours(random_prompts(2, PROMPT_LEN, 0))
-        report(bench="memory", engine="jaxinfer", peak_gb=round(peak_memory(), 2))
-        engines: dict[str, Callable] = {"jaxinfer": ours}
-        theirs = transformers_engine()
-        if theirs is not None:
-            engines["transformers"] = theirs
-        for batch in batches:
-            seconds: dict[str, list[float]] = {name: [] for name in engines}
-            for run in engines.values():  # compile, and warm the caches
-                run(random_prompts(batch, PROMPT_LEN, 1))
-            for repeat in range(repeats):
-                prompts = random_prompts(batch, PROMPT_LEN, 2 + repeat)
-                for name, run in engines.items():
-                    gc.collect()
-                    begun = time.perf_counter()
-                    run(prompts)
-                    seconds[name].append(time.perf_counter() - begun)
-            medians = {name: statistics.median(s) for name, s in seconds.items()}
-            row = {f"{name}_tok_s": round(batch * NEW_TOKENS / m, 1) for name, m in medians.items()}
-            if theirs is not None:
-                row["ratio"] = round(medians["transformers"] / medians["jaxinfer"], 2)
-            report(bench="throughput", dtype=llm.config.dtype, batch=batch, repeats=repeats, **row)
-        metrics = llm.get_metrics()
-        report(bench="host", seconds_per_step=round(metrics["host_seconds_per_step"], 6))
-
-
-def transformers_engine() -> Callable | None:
-    """`generate` of transformers on the same GGUF in float32; None, with a line, where it is
-    absent."""
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        report(bench="throughput", engine="transformers", missing=str(error))
-        return None
-    with open_model(None) as source:
-        folder, name = source.path.parent, source.path.name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-
-    def run(prompts: list[list[int]]) -> None:
-        ids = torch.tensor(prompts)
-        with torch.inference_mode():
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=NEW_TOKENS,
-                eos_token_id=None,
-                pad_token_id=0,
-                do_sample=False,
-            )
-
-    return run
 
 
 # -- host time and waste
@@ -170,39 +89,51 @@ def waste(requests: int = 400) -> None:
 # ---------------------------------------------------------------------------------------
 
 
-def start() -> None:
-    """Seconds from the command to the first character, first and second start; peak memory."""
+def start(repeats: int = 5) -> None:
+    """Seconds from the command to the first character: one first start, then second starts."""
     with tempfile.TemporaryDirectory() as cache:
-        for name in ("first", "second", "third"):
-            command = [sys.executable, "-m", "jaxinfer", "generate", "The capital of France is"]
-            command += ["--compilation-cache-dir", cache]
-            begun = time.perf_counter()
-            with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-                if process.stdout is None:
-                    raise RuntimeError("no standard output")
-                process.stdout.read(1)
-                seconds = time.perf_counter() - begun
-                process.stdout.read()
-            if process.returncode:
-                raise RuntimeError(f"{command} failed with {process.returncode}")
-            report(bench="start", run=name, first_token_seconds=round(seconds, 2))
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
-    report(bench="start", peak_gb=round(peak, 2))
+        runs = [_start_once(cache) for _ in range(1 + repeats)]
+    for name, some in (("first", runs[:1]), ("second", runs[1:])):
+        seconds = [run["first_token_s"] for run in some]
+        report(
+            bench="start",
+            run=name,
+            repeats=len(some),
+            first_token_median_s=round(statistics.median(seconds), 2),
+            first_token_min_s=round(min(seconds), 2),
+            first_token_max_s=round(max(seconds), 2),
+            cpu_median_s=round(statistics.median(run["cpu_s"] for run in some), 2),
+            peak_gb=round(max(run["peak_gb"] for run in some), 2),
+        )
+
+
+def _start_once(cache: str) -> dict[str, float]:
+    """One command in a process of its own; `cpu_s` is of the whole command, all threads."""
+    command = [sys.executable, "-m", "jaxinfer", "generate", "The capital of France is"]
+    command += ["--compilation-cache-dir", cache, "--max-tokens", "2"]
+    begun = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        if process.stdout is None:
+            raise RuntimeError("no standard output")
+        is_text = bool(process.stdout.read(1))
+        seconds = time.perf_counter() - begun
+        process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode or not is_text:
+        raise RuntimeError(f"{command} failed with {process.returncode}")
+    return {
+        "first_token_s": seconds,
+        "cpu_s": usage.ru_utime + usage.ru_stime,
+        "peak_gb": usage.ru_maxrss * 1024 / 1e9,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", help="throughput, host, waste, start; none: all")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", default="auto", help="of jaxinfer's weights and pages")
+    parser.add_argument("what", nargs="*", help="host, waste, start; none: all")
     options = parser.parse_args()
-    rows = {
-        "start": start,
-        "host": host,
-        "waste": waste,
-        "throughput": lambda: throughput(options.batches, options.repeats, options.dtype),
-    }
+    rows = {"start": start, "host": host, "waste": waste}
     unknown = [w for w in options.what if w not in rows]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(rows)}")

@@ -13,16 +13,15 @@ The rows go to benchmarks/results/<machine>/kernels.json as they come.
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks import machine, sections
+from benchmarks.report import RESULTS, Report, run_main
 
 # Sections of an accelerator's run and the most seconds each may take, in the order of what is
 # missed most if time runs out. What one does not use, the later ones may.
@@ -42,41 +41,22 @@ COLUMNS = ("section", "case", "impl", "us", "achieved", "roofline_us", "share", 
 WIDTHS = (13, 44, 12, 10, 14, 11, 6, 0)
 
 
-def machine_of() -> tuple[str, str]:
-    """(platform, name of the folder of results), asked in another process: a parent that holds the
-    accelerator would leave none to its children."""
-    code = "import jax; d = jax.devices()[0]; print(d.platform, d.device_kind, sep='|')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"jax finds no device: {done.stderr.strip()[-500:]}")
-    found, kind = done.stdout.strip().splitlines()[-1].split("|")
-    name = f"cpu {platform.machine()}" if found == "cpu" else kind
-    return found, name.lower().replace(" ", "_")
+def keep(report: Report, row: dict[str, Any]) -> None:
+    """A line of the table for a row, and the row in the file; what was left out is a note."""
+    if "left_out" in row:
+        report.note(f"left out: {row['left_out']}")
+        return
+    report.add(row)
+    if row["section"] == "ceilings":
+        print(f"ceilings: {ceilings_of(report)}", flush=True)
+    else:
+        print(_line([row.get(name, "") for name in COLUMNS]), flush=True)
 
 
-class Report:
-    """Rows as they come: a line of the table each, and the file again."""
-
-    def __init__(self, path: Path, about: dict[str, Any]) -> None:
-        self.path, self.about = path, about
-        self.rows: list[dict[str, Any]] = []
-        self.left_out: list[str] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        print(_line(COLUMNS), flush=True)
-
-    def add(self, row: dict[str, Any]) -> None:
-        if "left_out" in row:
-            self.left_out.append(row["left_out"])
-            print(f"left out: {row['left_out']}", flush=True)
-        elif "ceilings" in row:
-            self.about["ceilings"] = row["ceilings"]
-            print(f"ceilings: {row['ceilings']}", flush=True)
-        else:
-            self.rows.append(row)
-            print(_line([row.get(name, "") for name in COLUMNS]), flush=True)
-        content = {"about": self.about, "rows": self.rows, "left_out": self.left_out}
-        text = json.dumps(content, indent=1, sort_keys=True)
-        self.path.write_text(text + "\n")
+def ceilings_of(report: Report) -> dict[str, float]:
+    """What the run measured of the machine, once it has; see `kernels_device.ceilings`."""
+    found = next((row for row in report.rows if row["section"] == "ceilings"), {})
+    return {name: value for name, value in found.items() if name != "section"}
 
 
 def _line(cells: Sequence[Any]) -> str:
@@ -86,27 +66,12 @@ def _line(cells: Sequence[Any]) -> str:
 
 def run_section(table: str, name: str, seconds: float, report: Report) -> None:
     """Runs a section in its own process and takes its rows; kills it when its time is over."""
-    ceilings = json.dumps(report.about.get("ceilings", {}))
-    command = [sys.executable, "-m", "benchmarks.kernels", "--child", table, ceilings]
-    command += ["--seconds", str(seconds), name]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        # A section stops by itself; the timer is for a kernel that never comes back.
-        timer = threading.Timer(seconds + 30, process.kill)
-        timer.start()
-        said: list[str] = []
-        try:
-            for line in process.stdout or ():
-                if line.startswith("{"):
-                    report.add(json.loads(line))
-                else:
-                    said = [*said[-5:], line.rstrip()[:200]]
-        finally:
-            timer.cancel()
-        if process.wait():
-            last = " | ".join(said)
-            report.add({"left_out": f"rest of {name}: exit code {process.returncode}: {last}"})
+    command = [sys.executable, "-m", "benchmarks.kernels"]
+    command += ["--child", table, json.dumps(ceilings_of(report)), "--seconds", str(seconds), name]
+    # A section stops by itself; the rest is for a kernel that never comes back.
+    problem = sections.run(command, seconds + 30, partial(keep, report))
+    if problem:
+        keep(report, {"left_out": f"rest of {name}: {problem}"})
 
 
 def child(table: str, ceilings: str, name: str, seconds: float) -> None:
@@ -139,27 +104,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         table, ceilings = args.child
         child(table, ceilings, args.sections[0], args.seconds)
         return
-    found, machine = ("tpu", "static-tpu") if args.static else machine_of()
-    table = "static" if args.static else "cpu" if found == "cpu" else "accelerator"
+    table = "static"
+    if not args.static:
+        table = "cpu" if machine.device()[0] == "cpu" else "accelerator"
     known = TABLES[table]
     unknown = [name for name in args.sections if name not in known]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
     names = [n for n in known if not args.sections or n in args.sections or n == "ceilings"]
     seconds = args.seconds or (1800.0 if args.static else 510.0)
-    path = args.output or RESULTS / machine / "kernels.json"
-    report = Report(path, {"machine": machine, "platform": found})
+    path = args.output or (RESULTS / "static-tpu" / "kernels.json" if args.static else None)
+    report = Report("kernels", output=path, settings={"table": table, "seconds": seconds})
+    print(_line(COLUMNS), flush=True)
     end = time.monotonic() + seconds
     for i, name in enumerate(names):
         left = end - time.monotonic() - 30
-        later = sum(known[n] for n in names[i + 1 :])
-        share = left if i + 1 == len(names) else max(known[name], left - later)
         if left < 15:
-            report.add({"left_out": f"section {name}: no time"})
+            keep(report, {"left_out": f"section {name}: no time"})
             continue
-        run_section(table, name, min(share, left), report)
-    print(f"\n{len(report.rows)} rows in {path}; {len(report.left_out)} left out")
+        run_section(table, name, sections.share(known, names, i, left), report)
+    if not report.content["notes"]:
+        report.finish()
+    rows, left_out = len(report.rows), len(report.content["notes"])
+    print(f"\n{rows} rows in {report.path}; {left_out} left out")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

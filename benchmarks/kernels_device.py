@@ -76,7 +76,7 @@ def ceilings(deadline: float, _: Ceilings) -> Iterator[Row]:
         "copy_bytes": roofline.copy_bandwidth(min(4 << 30, memory // 8)),
         "matmul_flops": roofline.matmul_flops(8192),
     }
-    yield {"ceilings": found}
+    yield {"section": "ceilings", **found}
 
 
 def check(deadline: float, at: Ceilings) -> Iterator[Row]:

@@ -1,5 +1,6 @@
 """jaxinfer: LLM inference on JAX/XLA for TPU, GPU and CPU. This is the whole public surface."""
 
+from jaxinfer import _gc
 from jaxinfer.config import EngineConfig as EngineConfig
 from jaxinfer.config import ModelConfig as ModelConfig
 from jaxinfer.errors import CapacityError as CapacityError
@@ -19,5 +20,7 @@ from jaxinfer.request import Logprob as Logprob
 from jaxinfer.request import RequestOutput as RequestOutput
 from jaxinfer.sampling_params import RequestOutputKind as RequestOutputKind
 from jaxinfer.sampling_params import SamplingParams as SamplingParams
+
+_gc.resume()
 
 __version__ = "0.1.0"

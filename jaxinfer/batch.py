@@ -33,6 +33,9 @@ _SAMPLE_FIELDS = (
     "num_logprobs",
 )
 _NUM_FLOATS = 6
+_PADDING_SAMPLE = np.zeros((len(_SAMPLE_FIELDS), 1), np.int32)
+# A penalty of 0 would be one: padding must not switch work on for the whole batch.
+_PADDING_SAMPLE[_SAMPLE_FIELDS.index("repetition")] = np.float32(1).view(np.int32)
 
 
 @partial(jax.tree_util.register_dataclass)
@@ -129,12 +132,14 @@ class Buckets:
 
     @classmethod
     def make(cls, max_num_seqs: int, max_num_batched_tokens: int) -> "Buckets":
-        """Decode rows 1, 8, then doubling; token chunks 32, then times four; few or all rows."""
+        """Decode rows 1, 8, then doubling; token chunks 32, times four up to 512, then doubling;
+        few or all rows."""
         rows = [1, *_geometric(8, max_num_seqs, 2)]
         rows = sorted({min(r, max_num_seqs) for r in rows})
         few = min(8, max_num_seqs)
         mixed = set()
-        for tokens in _geometric(32, max_num_batched_tokens, 4):
+        small = [t for t in (32, 128, 512) if t < max_num_batched_tokens]
+        for tokens in [*small, *_geometric(1024, max_num_batched_tokens, 2)]:
             # A mixed bucket must not look like a decode one, hence one row fewer than tokens at
             # most.
             for limit in (few, max_num_seqs):
@@ -156,7 +161,7 @@ class Buckets:
     def choose(self, plan: StepPlan) -> Bucket:
         """The cheapest bucket that holds the plan."""
         num_rows, num_tokens = len(plan.rows), plan.num_tokens
-        if all(row.num_new == 1 for row in plan.rows):
+        if all(row.num_new == 1 and not row.has_targets for row in plan.rows):
             return self.decode_bucket(num_rows)
         for bucket in self.mixed:
             if num_tokens <= bucket.num_tokens and num_rows <= bucket.num_rows:
@@ -291,6 +296,7 @@ class Builder:
         f["bias_slot"][:num_rows] = bias_slots
         f["num_decode"][...] = num_decode
         sample, table = f["sample"], f["page_table"]
+        sample[:, num_rows:] = _PADDING_SAMPLE
         for i, row in enumerate(rows):
             cached = self._refresh(row)
             sample[:, i] = cached.sample

@@ -1,4 +1,4 @@
-"""The `jaxinfer` command: generate and chat, with every engine and sampling option as a flag.
+"""The `jaxinfer` command: generate, chat and profile; cli_commands.py has the flags.
 
 Exit status: 0 done, 1 some prompts failed, 2 bad arguments or files, 3 the engine failed,
 130 interrupted.
@@ -10,12 +10,12 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import tyro
 
+from jaxinfer.cli_commands import REGISTRY, Chat, Command, Generate, Profile
 from jaxinfer.config import EngineConfig
 from jaxinfer.errors import (
     CapacityError,
@@ -25,118 +25,13 @@ from jaxinfer.errors import (
     NumericalError,
 )
 from jaxinfer.llm import LLM
+from jaxinfer.profiling import analysis, reader, record, report, timeline
 from jaxinfer.request import RequestOutput
 from jaxinfer.sampling_params import SamplingParams, reject_unknown
 
 MAX_LINE_BYTES = 2_000_000
 """Longest line of a prompt file."""
 _CHAT_HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer"
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are chosen; vLLM's names. Unlike the Python API, the default is greedy."""
-
-    max_tokens: int | None = 128
-    """Most tokens to generate; None: fill the context."""
-    temperature: float = 0.0
-    """0 is greedy; 1 samples from the model's own distribution."""
-    top_p: float = 1.0
-    """Keep the most likely tokens that hold this probability; 1: off."""
-    top_k: int = 0
-    """Keep this many most likely tokens; 0: off."""
-    min_p: float = 0.0
-    """Drop tokens less likely than this share of the most likely one; 0: off."""
-    n: int = 1
-    """Samples per prompt; needs a temperature."""
-    presence_penalty: float = 0.0
-    """Subtracted from tokens that were generated already, -2 to 2."""
-    frequency_penalty: float = 0.0
-    """Subtracted once for each time a token was generated, -2 to 2."""
-    repetition_penalty: float = 1.0
-    """Divides the logits of tokens seen in prompt or output, 0 to 2; 1: off."""
-    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text that ends the output; may be given several times."""
-    stop_token_ids: tyro.conf.UseAppendAction[tuple[int, ...]] = ()
-    """Token id that ends the output; may be given several times."""
-    min_tokens: int = 0
-    """Fewest tokens before the output may end."""
-    ignore_eos: bool = False
-    """Go on past the end-of-sequence token."""
-    logprobs: int | None = None
-    """Log-probs of this many tokens at each position (JSON output)."""
-    prompt_logprobs: int | None = None
-    """The same for the prompt's tokens."""
-    bad_words: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text that must not be generated; may be given several times."""
-
-    def params(self) -> SamplingParams:
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name in ("stop", "stop_token_ids", "bad_words"):
-            values[name] = list(values[name]) or None
-        return SamplingParams(**values)
-
-
-@dataclass(frozen=True, slots=True)
-class Generate:
-    """Complete prompts.
-
-    Prompts come from the arguments, from a file (--input), or from standard input, one a line. One
-    prompt is streamed; several are run as one batch.
-
-        jaxinfer generate "The capital of France is"
-        jaxinfer generate --input prompts.txt --output-format jsonl > answers.jsonl
-    """
-
-    prompts: Annotated[
-        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[PROMPT ...]")
-    ] = ()
-    """Prompts; none: --input, or standard input."""
-    input: Path | None = None
-    """File with one prompt a line; with the ending .jsonl one JSON string or {"prompt": ...} a
-    line; "-": standard input."""
-    output_format: Literal["text", "jsonl"] = "text"
-    """Plain text, or one JSON object per prompt, in the prompts' order."""
-    sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
-    engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """Talk with the model; the pages of the conversation stay cached between turns."""
-
-    system: str | None = None
-    """System message."""
-    sampling: tyro.conf.OmitArgPrefixes[Sampling] = field(
-        default_factory=lambda: Sampling(max_tokens=512)
-    )
-    engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
-
-
-Command = (
-    Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Chat, tyro.conf.subcommand("chat")]
-)
-
-
-_REGISTRY = tyro.constructors.ConstructorRegistry()
-"""How flags are read whose types tyro would turn into something else than a flag."""
-
-
-@_REGISTRY.primitive_rule
-def _json_object(
-    info: tyro.constructors.PrimitiveTypeInfo,
-) -> tyro.constructors.PrimitiveConstructorSpec[dict] | None:
-    """A dictionary (hf_overrides) is one JSON object."""
-    if info.type != dict[str, Any] | None:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="JSON",
-        instance_from_str=lambda args: json.loads(args[0]),
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [json.dumps(value)],
-    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -150,11 +45,13 @@ def main(argv: list[str] | None = None) -> int:
             prog="jaxinfer",
             description="LLM inference on JAX: TPU, GPU and CPU. See `jaxinfer COMMAND --help`.",
             args=argv,
-            registry=_REGISTRY,
+            registry=REGISTRY,
         )
     except JaxInferError as error:  # an option's value that its dataclass refuses
         return _complain(error, 2)
     try:
+        if isinstance(command, Profile):
+            return _profile(command)
         return _generate(command) if isinstance(command, Generate) else _chat(command)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -176,9 +73,9 @@ def _complain(error: Exception, status: int) -> int:
     return status
 
 
-def _open(config: EngineConfig) -> LLM:
+def _open(config: EngineConfig, first_prompts: list[str] | None = None) -> LLM:
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return LLM(**options)
+    return LLM(first_prompts=first_prompts or (), **options)
 
 
 # -- generate
@@ -191,13 +88,22 @@ def _generate(command: Generate) -> int:
     wants_logprobs = params.logprobs is not None or params.prompt_logprobs is not None
     if wants_logprobs and command.output_format != "jsonl":
         raise InvalidRequestError("log-probs need --output-format jsonl")
-    with _open(command.engine) as llm:
-        if len(prompts) == 1 and command.output_format == "text" and params.n == 1:
-            for text in _stream_text(llm, prompts[0], params):
-                print(text, end="", flush=True)
-            print()
-            return 0
-        outputs = llm.generate(prompts, params)
+    if command.profile is not None:
+        record.prepare(command.profile)
+    if command.timeline is not None:
+        timeline.check(command.timeline)
+    with _open(command.engine, prompts) as llm:
+        if command.profile is not None:
+            llm.warmup()  # a trace of compiling says little, and much of it
+        with record.trace(command.profile):
+            outputs = _outputs(llm, command, prompts, params)
+        if command.timeline is not None:
+            llm.write_timeline(command.timeline)
+    if command.profile is not None:
+        path = command.profile
+        print(
+            f"trace: {reader.newest(path)}; read it with: jaxinfer profile {path}", file=sys.stderr
+        )
     failed = 0
     for index, output in enumerate(outputs):
         failed += output.error is not None
@@ -206,6 +112,18 @@ def _generate(command: Generate) -> int:
         else:
             _print_text(index, output)
     return 1 if failed else 0
+
+
+def _outputs(
+    llm: LLM, command: Generate, prompts: list[str], params: SamplingParams
+) -> list[RequestOutput]:
+    """What is to be printed; a single text is printed as it is made."""
+    if len(prompts) > 1 or command.output_format != "text" or params.n > 1:
+        return llm.generate(prompts, params)
+    for text in _stream_text(llm, prompts[0], params):
+        print(text, end="", flush=True)
+    print()
+    return []
 
 
 def _read_prompts(command: Generate) -> list[str]:
@@ -365,3 +283,18 @@ def _answer(llm: LLM, messages: list, params: SamplingParams) -> str:
         stream.close()  # type: ignore[attr-defined]
     print()
     return "".join(said)
+
+
+# -- profile
+# ----------------------------------------------------------------------------------------
+
+
+def _profile(command: Profile) -> int:
+    if command.top < 1:
+        raise InvalidRequestError(f"--top must be at least 1; got {command.top}", param="top")
+    profile = analysis.analyse(reader.load(command.trace), command.bucket)
+    if command.json:
+        print(json.dumps(report.document(profile)))
+    else:
+        print(report.render(profile, command.top))
+    return 0

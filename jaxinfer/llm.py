@@ -14,6 +14,7 @@ from jaxinfer.errors import ConfigError, InvalidRequestError, JaxInferError
 from jaxinfer.intake import per_prompt, split_prompts
 from jaxinfer.mailbox import Mailbox
 from jaxinfer.outputs import failed_output
+from jaxinfer.profiling import timeline
 from jaxinfer.request import Request, RequestOutput
 from jaxinfer.runner import COMPILES
 from jaxinfer.sampling_params import RequestOutputKind, SamplingParams, check_bool, check_float
@@ -30,6 +31,9 @@ class LLM:
         model: a safetensors directory, a GGUF file, a Hugging Face hub id, or None for the embedded
             SmolLM2-135M-Instruct.
         tokenizer: directory or hub id; None for the model's own.
+        first_prompts: what will be asked first, as `generate` takes it: the programs for it are
+            compiled, or loaded from the compile cache, while the weights load. Nothing is
+            generated.
         **options: the fields of EngineConfig, with vLLM's names: dtype, max_model_len,
         max_num_seqs,
             max_num_batched_tokens, page_size, num_pages, kv_cache_memory_bytes,
@@ -43,13 +47,20 @@ class LLM:
     thread-safe.
     """
 
-    def __init__(self, model: str | None = None, tokenizer: str | None = None, **options: Any):
+    def __init__(
+        self,
+        model: str | None = None,
+        tokenizer: str | None = None,
+        *,
+        first_prompts: Any = (),
+        **options: Any,
+    ):
         config = EngineConfig(
             model=None if model is None else str(model),
             tokenizer=None if tokenizer is None else str(tokenizer),
             **options,
         )
-        parts = setup.assemble(config)
+        parts = setup.assemble(config, split_prompts(first_prompts)[0] if first_prompts else ())
         self.config = parts.config
         self.model = parts.model
         self.memory_plan = parts.plan
@@ -413,6 +424,11 @@ class LLM:
             "num_compile_cache_hits": COMPILES.cache_hits,
             "num_compiles_after_warmup": runner.compiles_after_warmup,
         }
+
+    def write_timeline(self, path: Any) -> None:
+        """Write what the last few thousand steps did: `path` ends in .json (a Chrome trace, for
+        Perfetto) or .png. Raises ConfigError where it cannot be written."""
+        timeline.write(path, self.engine.metrics.steps)
 
     def close(self) -> None:
         """End every request and give the memory back. The object cannot be used afterwards."""

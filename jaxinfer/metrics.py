@@ -7,9 +7,14 @@ HISTORY = 4096
 """Steps and requests that are kept for percentiles."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepStats:
-    """One step: its bucket's name, rows, new tokens, pages in use, and host seconds by phase."""
+    """One step: its bucket's name, rows, new tokens, pages in use, and host seconds by phase.
+
+    `cached_tokens` are those that its new rows found in the prefix cache, `num_preemptions` the
+    sequences that gave way for it. `begun` and `finished` are of time.perf_counter: when its
+    planning began, and when the host had its tokens (None: not yet).
+    """
 
     bucket: str
     num_rows: int
@@ -18,6 +23,12 @@ class StepStats:
     plan_seconds: float
     build_seconds: float
     dispatch_seconds: float
+    cached_tokens: int = 0
+    num_preemptions: int = 0
+    begun: float = 0.0
+    wait_seconds: float = 0.0
+    collect_seconds: float = 0.0
+    finished: float | None = None
 
 
 @dataclass(slots=True)

@@ -188,6 +188,15 @@ class Row:
     def kv_len(self) -> int:
         return self.start + self.num_new
 
+    @property
+    def has_targets(self) -> bool:
+        """Whether log-probs of prompt tokens that follow its own are wanted. Decode programs leave
+        them out: the host of a GPU would wait for that branch in every step."""
+        sequence = self.sequence
+        if sequence is None or sequence.request.params.prompt_logprobs is None:
+            return False  # None: the programs for a first prompt are chosen before it is made
+        return not sequence.index and self.start + 1 < len(sequence.request.prompt_token_ids)
+
 
 @dataclass(slots=True)
 class StepPlan:

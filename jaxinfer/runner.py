@@ -5,9 +5,10 @@ what is compiled, and when, is explicit. Nothing here knows about requests.
 """
 
 import os
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -32,17 +33,20 @@ class CompileCounter:
         self.compiles = 0
         self.cache_hits = 0
         self.seconds = 0.0
+        self._lock = threading.Lock()
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
         jax.monitoring.register_event_listener(self._on_event)
 
     def _on_duration(self, event: str, duration_secs: float, **_: object) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            self.compiles += 1
-            self.seconds += duration_secs
+            with self._lock:
+                self.compiles += 1
+                self.seconds += duration_secs
 
     def _on_event(self, event: str, **_: object) -> None:
         if event == "/jax/compilation_cache/cache_hits":
-            self.cache_hits += 1
+            with self._lock:
+                self.cache_hits += 1
 
 
 COMPILES = CompileCounter()
@@ -80,16 +84,22 @@ def use_compile_cache(directory: str | Path | None) -> Path | None:
     return path
 
 
+def _compiling(program: str) -> jax.profiler.TraceAnnotation:
+    """Names what is traced, lowered and compiled, or loaded, in a profiler's trace."""
+    return jax.profiler.TraceAnnotation("compile", program=program)
+
+
 class Runner:
     """Runs steps of one model on one device, in the order they are given.
 
-    `run` returns at once; the arrays of its StepResult are ready when the device is done.
+    It is made from shapes alone, so that programs compile while the weights load; `begin` brings
+    the weights. `run` returns at once; the arrays of its StepResult are ready when the device is
+    done.
     """
 
     def __init__(
         self,
         model: Model,
-        params: dict,
         builder: Builder,
         *,
         num_pages: int,
@@ -101,36 +111,83 @@ class Runner:
         strict: bool = False,
     ):
         self.model = model
-        self.params = params
         self.builder = builder
         self.strict = strict
-        self.pages = jax.jit(partial(kv_cache.allocate, model, num_pages, page_size))()
-        self.bias_table = jnp.zeros((bias_rows, model.config.vocab_size), jnp.float32)
-        self.previous = jnp.zeros((max_num_seqs,), jnp.int32)
+        self.params: dict = {}
+
+        def allocate() -> tuple[kv_cache.KVPages, jax.Array, jax.Array]:
+            return (
+                kv_cache.allocate(model, num_pages, page_size),
+                jnp.zeros((bias_rows, model.config.vocab_size), jnp.float32),
+                jnp.zeros((max_num_seqs,), jnp.int32),
+            )
+
+        lowered = jax.jit(allocate).lower()
+        self._state_shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), lowered.out_info
+        )
+        # Zeroing the pages takes a CPU about as long as reading the weights.
+        allocator = ThreadPoolExecutor(1, thread_name_prefix="jaxinfer-allocate")
+        self._state = allocator.submit(lambda: lowered.compile()())
+        allocator.shutdown(wait=False)
+        # One at a time: the first program is waited for first.
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="jaxinfer-compile")
         self._options = {"num_top": num_top, "valid_vocab": valid_vocab}
         self._programs: dict[Bucket, Callable] = {}
+        self._early: dict[Bucket, Future[Callable]] = {}
         self._copy: Callable | None = None
         self._set_bias: Callable | None = None
         self._is_warm = False
         self.compiles_after_warmup = 0
         self.temp_bytes: dict[Bucket, int] = {}
 
+    def begin(self, params: dict) -> None:
+        """Take the weights, of the model's shapes: from here on it can run."""
+        self._compiler.shutdown(wait=False)
+        self.params = params
+        self.pages, self.bias_table, self.previous = self._state.result()
+        del self._state  # the pages are donated: nothing else may hold them
+
     @property
     def buckets(self) -> tuple[Bucket, ...]:
         return self.builder.buckets.all
 
     def is_compiled(self, bucket: Bucket) -> bool:
-        return bucket in self._programs
+        early = self._early.get(bucket)
+        return bucket in self._programs or (early is not None and early.done())
 
-    def _compile_bucket(self, bucket: Bucket) -> Callable:
+    def compile_early(self, bucket: Bucket) -> None:
+        """Compile the program of `bucket` in a thread, before `begin`; who needs it waits for it.
+
+        It is traced here, under the caller's JAX settings; XLA's part, or loading from the compile
+        cache, needs no interpreter.
+        """
+        if bucket not in self._early:
+            with _compiling(str(bucket)):
+                lowered = self._lower(bucket)
+            self._early[bucket] = self._compiler.submit(self._finish, bucket, lowered)
+
+    def compile(self, bucket: Bucket) -> Callable:
+        """The program of `bucket`, compiled now where it is not; `warmup` compiles all."""
+        early = self._early.get(bucket)
+        if early is not None:
+            self._programs[bucket] = early.result()
+            self._early.pop(bucket, None)
+        elif bucket not in self._programs:
+            with _compiling(str(bucket)):
+                self._programs[bucket] = self._finish(bucket, self._lower(bucket))
+        return self._programs[bucket]
+
+    def _lower(self, bucket: Bucket) -> jax.stages.Lowered:
         layout = self.builder.layouts[bucket]
         function = jax.jit(
             partial(step, self.model, layout, **self._options), donate_argnames="pages"
         )
         packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-        program = function.lower(
-            self.params, self.pages, self.bias_table, self.previous, packed
-        ).compile()
+        return function.lower(self.model.shapes(), *self._state_shapes, packed)
+
+    def _finish(self, bucket: Bucket, lowered: jax.stages.Lowered) -> Callable:
+        program = lowered.compile()
         analysis = program.memory_analysis()
         self.temp_bytes[bucket] = analysis.temp_size_in_bytes if analysis else 0
         return program
@@ -138,13 +195,16 @@ class Runner:
     def _compile_copy(self) -> Callable:
         function = jax.jit(partial(copy_pages, self.model.ops), donate_argnames="pages")
         pairs = jax.ShapeDtypeStruct((COPY_PAIRS,), jnp.int32)
-        return function.lower(self.pages, pairs, pairs).compile()
+        with _compiling("copy pages"):
+            return function.lower(self._state_shapes[0], pairs, pairs).compile()
 
     def _compile_set_bias(self) -> Callable:
         function = jax.jit(set_bias_row, donate_argnames="table")
         slot = jax.ShapeDtypeStruct((), jnp.int32)
-        row = jax.ShapeDtypeStruct((self.bias_table.shape[1],), jnp.float32)
-        return function.lower(self.bias_table, slot, row).compile()
+        table = self._state_shapes[1]
+        row = jax.ShapeDtypeStruct((table.shape[1],), jnp.float32)
+        with _compiling("set bias"):
+            return function.lower(table, slot, row).compile()
 
     def warmup(self, on_program: Callable[[str], None] | None = None) -> float:
         """Compile every program that is not compiled yet; seconds it took.
@@ -155,8 +215,7 @@ class Runner:
         note = on_program or (lambda name: None)
 
         def compile_one(bucket: Bucket) -> None:
-            if bucket not in self._programs:
-                self._programs[bucket] = self._compile_bucket(bucket)
+            self.compile(bucket)
             note(str(bucket))
 
         with ThreadPoolExecutor(2) as pool:
@@ -205,9 +264,7 @@ class Runner:
             pairs[:, : len(some)] = np.asarray(some, np.int32).T
             self._copy = self._copy or self._compile_copy()
             self.pages = self._copy(self.pages, pairs[0], pairs[1])
-        program = self._programs.get(batch.bucket)
-        if program is None:
-            program = self._programs[batch.bucket] = self._compile_bucket(batch.bucket)
+        program = self._programs.get(batch.bucket) or self.compile(batch.bucket)
         self._note_compiles(before, batch.bucket)
         before = COMPILES.compiles
         result, self.pages = program(
@@ -225,4 +282,5 @@ class Runner:
                 leaf.delete()
         self.params, self.pages = {}, None
         self._programs.clear()
+        self._early.clear()
         self._copy = self._set_bias = None

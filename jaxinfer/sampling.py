@@ -45,9 +45,11 @@ def process_logits(
         valid_vocab: ids from here on (padding rows of the embedding) are banned.
     """
     with jax.named_scope("penalties"):
-        needs = (params.presence != 0) | (params.frequency != 0) | (params.repetition != 1)
         logits = jax.lax.cond(
-            jnp.any(needs), lambda x: _apply_penalties(x, params, history()), lambda x: x, logits
+            jnp.any(_has_penalty(params)),
+            lambda x: _apply_penalties(x, params, history()),
+            lambda x: x,
+            logits,
         )
     with jax.named_scope("bias"):
         logits = jax.lax.cond(
@@ -56,10 +58,19 @@ def process_logits(
             lambda x: x,
             logits,
         )
+    return _ban_padding(logits, valid_vocab)
+
+
+def _has_penalty(params: SampleParams) -> Bool[Array, " S"]:
+    return (params.presence != 0) | (params.frequency != 0) | (params.repetition != 1)
+
+
+def _ban_padding(logits: Float[Array, "S V"], valid_vocab: int) -> Float[Array, "S V"]:
+    """-inf for the ids that pad the embedding."""
     vocab = logits.shape[1]
-    if valid_vocab < vocab:
-        logits = jnp.where(jnp.arange(vocab)[None] < valid_vocab, logits, _NEG_INF)
-    return logits
+    if valid_vocab == vocab:
+        return logits
+    return jnp.where(jnp.arange(vocab)[None] < valid_vocab, logits, _NEG_INF)
 
 
 def _apply_penalties(
@@ -241,11 +252,19 @@ def sample(
         finite = jnp.all(jnp.isfinite(logits), axis=1)
         if broken is not None:
             finite &= ~broken
-    processed = process_logits(logits, params, history, bias_table, valid_vocab)
-    tokens = draw(processed, params, keys)
-    with jax.named_scope("allowed"):
-        allowed = jnp.max(processed, axis=1) > _NEG_INF
-    tokens = jnp.where(allowed, tokens, NOTHING_ALLOWED)
+
+    def any_row(logits: jax.Array) -> jax.Array:
+        processed = process_logits(logits, params, history, bias_table, valid_vocab)
+        tokens = draw(processed, params, keys)
+        with jax.named_scope("allowed"):
+            allowed = jnp.max(processed, axis=1) > _NEG_INF
+        return jnp.where(allowed, tokens, NOTHING_ALLOWED)
+
+    # One branch around all stages: the conditions inside hand [S, V] logits on, a copy each.
+    special = _has_penalty(params) | (params.bias_slot > 0) | (params.temperature > 0)
+    tokens = jax.lax.cond(
+        jnp.any(special), any_row, lambda x: argmax(_ban_padding(x, valid_vocab)), logits
+    )
     return jnp.where(finite, tokens, NON_FINITE)
 
 

@@ -6,24 +6,28 @@ Everything that can be wrong with a model or a setting is found here, before dev
 import dataclasses
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxinfer import kv_cache, models, weights
 from jaxinfer import tokenizer as tokenizers
-from jaxinfer.batch import Buckets, Builder
+from jaxinfer.batch import Bucket, Buckets, Builder
 from jaxinfer.bias import BiasRows
 from jaxinfer.config import EngineConfig, ModelConfig, SchedulerConfig
 from jaxinfer.engine import Engine
-from jaxinfer.errors import ConfigError
+from jaxinfer.errors import ConfigError, InvalidRequestError
 from jaxinfer.intake import Intake
 from jaxinfer.models import Model
+from jaxinfer.request import Row, StepPlan
 from jaxinfer.runner import Runner, use_compile_cache
 from jaxinfer.scheduling.pages import PagePool
 from jaxinfer.scheduling.scheduler import Scheduler
 from jaxinfer.tokenizer import Tokenizer
+from jaxinfer.weights import memory
 from pallas_kernels import dispatch
 
 _DEFAULTS = {  # platform: (page_size, max_num_seqs, max_num_batched_tokens)
@@ -48,8 +52,8 @@ def is_verbose(config: EngineConfig) -> bool:
     return sys.stderr.isatty() if config.verbose is None else config.verbose
 
 
-def assemble(config: EngineConfig) -> Parts:
-    """Build an engine.
+def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
+    """Build an engine; while the weights load, the programs for `first_prompts` are compiled.
 
     Raises:
         ConfigError, ModelFormatError, TokenizerError, CapacityError: all ValueErrors, each naming
@@ -81,8 +85,21 @@ def assemble(config: EngineConfig) -> Parts:
         )
         if verbose:
             _say(f"attention: {ops.name} ({ops.reason})\n{plan}")
+        runner = _runner(config, model, tokenizer, plan)
+        first = _first_buckets(
+            first_prompts,
+            runner.builder.buckets,
+            _intake(config, model, tokenizer, plan),  # its own: an intake counts its requests
+            max_num_batched_tokens=config.max_num_batched_tokens or 0,
+            max_num_seqs=config.max_num_seqs or 0,
+        )
+        for bucket in first[:1]:
+            runner.compile_early(bucket)
         params = _params(config, source, model, verbose)
-    engine = _engine(config, model, params, tokenizer, plan)
+        for bucket in first[1:]:  # after: the first token does not need it
+            runner.compile_early(bucket)
+        runner.begin(params)
+    engine = _engine(config, runner, _intake(config, model, tokenizer, plan), plan)
     if verbose:
         names = ", ".join(str(b) for b in engine.runner.buckets)
         _say(f"buckets: {names}\n{describe(config)}")
@@ -204,68 +221,95 @@ def _params(config: EngineConfig, source: weights.ModelSource, model: Model, ver
         return model.init_params(jax.random.key(config.seed & 0xFFFFFFFF))
 
     def put(array: np.ndarray, path: str) -> jax.Array:
-        # A copy of our own: the file's pages must not be the array's memory once the file is
-        # closed.
-        return jax.device_put(array, may_alias=False)
+        # An array in a mapped file would change with the file, if a CPU took it over as it is.
+        return jax.device_put(memory.owned(array))
 
     return weights.load(source, model, put, progress=verbose)
 
 
-def _engine(
-    config: EngineConfig,
-    model: Model,
-    params: dict,
-    tokenizer: Tokenizer | None,
-    plan: kv_cache.MemoryPlan,
-) -> Engine:
-    rows, tokens = config.max_num_seqs or 0, config.max_num_batched_tokens or 0
-    pages_per_row = math.ceil(plan.max_model_len / plan.page_size)
-    vocab = model.config.vocab_size
-    buckets = Buckets.make(rows, tokens)
-    builder = Builder(buckets, plan.page_size, pages_per_row)
-    num_top = vocab if config.max_logprobs < 0 else min(config.max_logprobs, vocab)
-    runner = Runner(
-        model,
-        params,
-        builder,
-        num_pages=plan.num_pages,
-        page_size=plan.page_size,
-        max_num_seqs=rows,
-        bias_rows=rows + 1,
-        num_top=num_top,
-        valid_vocab=vocab if tokenizer is None else min(vocab, tokenizer.vocab_size),
-        strict=config.strict,
-    )
-    pool = PagePool(plan.num_pages, plan.page_size)
-    scheduler = Scheduler(
-        SchedulerConfig(
-            max_num_seqs=rows,
-            max_num_batched_tokens=tokens,
-            max_model_len=plan.max_model_len,
-            policy=config.scheduling_policy,
-            enable_prefix_caching=config.enable_prefix_caching,
-            max_num_waiting=config.max_num_waiting,
-        ),
-        pool,
-    )
+def _intake(
+    config: EngineConfig, model: Model, tokenizer: Tokenizer | None, plan: kv_cache.MemoryPlan
+) -> Intake:
     eos = set(model.config.eos_token_ids)
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         eos.add(tokenizer.eos_token_id)
-    intake = Intake(
+    return Intake(
         tokenizer,
-        vocab_size=vocab,
+        vocab_size=model.config.vocab_size,
         eos_token_ids=tuple(sorted(eos)),
         max_model_len=plan.max_model_len,
         max_n=config.max_n,
         max_logprobs=config.max_logprobs,
         seed=config.seed,
     )
+
+
+def _runner(
+    config: EngineConfig, model: Model, tokenizer: Tokenizer | None, plan: kv_cache.MemoryPlan
+) -> Runner:
+    rows, vocab = config.max_num_seqs or 0, model.config.vocab_size
+    pages_per_row = math.ceil(plan.max_model_len / plan.page_size)
+    buckets = Buckets.make(rows, config.max_num_batched_tokens or 0)
+    return Runner(
+        model,
+        Builder(buckets, plan.page_size, pages_per_row),
+        num_pages=plan.num_pages,
+        page_size=plan.page_size,
+        max_num_seqs=rows,
+        bias_rows=rows + 1,
+        num_top=vocab if config.max_logprobs < 0 else min(config.max_logprobs, vocab),
+        valid_vocab=vocab if tokenizer is None else min(vocab, tokenizer.vocab_size),
+        strict=config.strict,
+    )
+
+
+def _first_buckets(
+    prompts: Sequence[Any],
+    buckets: Buckets,
+    intake: Intake,
+    *,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+) -> list[Bucket]:
+    """Those of the first step, which takes in what it can of `prompts`, and of the step after."""
+    nobody: Any = None
+    rows: list[Row] = []
+    room = max_num_batched_tokens
+    for prompt in prompts[:max_num_seqs]:
+        try:
+            request = intake.request(prompt, request_id="first")
+        except InvalidRequestError:
+            continue  # it is refused, with this error, when it is asked for
+        count = min(len(request.prompt_token_ids), room)
+        if count:
+            rows.append(Row(nobody, 0, count, True, 0, []))
+        room -= count
+    if not rows:
+        return []
+    return [buckets.choose(StepPlan(0, rows)), buckets.decode_bucket(len(rows))]
+
+
+def _engine(
+    config: EngineConfig, runner: Runner, intake: Intake, plan: kv_cache.MemoryPlan
+) -> Engine:
+    rows = config.max_num_seqs or 0
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_seqs=rows,
+            max_num_batched_tokens=config.max_num_batched_tokens or 0,
+            max_model_len=plan.max_model_len,
+            policy=config.scheduling_policy,
+            enable_prefix_caching=config.enable_prefix_caching,
+            max_num_waiting=config.max_num_waiting,
+        ),
+        PagePool(plan.num_pages, plan.page_size),
+    )
     return Engine(
         scheduler=scheduler,
         runner=runner,
-        builder=builder,
-        bias=BiasRows(rows + 1, vocab),
+        builder=runner.builder,
+        bias=BiasRows(rows + 1, runner.model.config.vocab_size),
         intake=intake,
-        tokenizer=tokenizer,
+        tokenizer=intake.tokenizer,
         overlap=config.async_scheduling,
     )

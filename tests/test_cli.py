@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfer import LLM, cli
+from jaxinfer.cli_commands import Sampling
 from jaxinfer.runner import Runner
 from tests.helpers import tiny_llm, write_tiny_model
 
@@ -30,7 +31,7 @@ def model(tmp_path_factory) -> Path:
 def texts(model) -> dict[str, str]:
     """What LLM generates greedily for the prompts below, 8 tokens each."""
     with tiny_llm(model, max_num_seqs=2, max_num_batched_tokens=32) as llm:
-        params = cli.Sampling(max_tokens=8).params()
+        params = Sampling(max_tokens=8).params()
         outputs = llm.generate(["one", "two words", "dritté"], params)
         return {o.prompt: o.outputs[0].text for o in outputs}
 
@@ -166,7 +167,7 @@ def test_prompts_from_standard_input(run, texts, arguments):
 
 def test_sampling_flags_reach_the_request(run, texts, model):
     with tiny_llm(model, max_num_seqs=2, max_num_batched_tokens=32) as llm:
-        text = llm.generate("one", cli.Sampling(max_tokens=8).params())[0].outputs[0].text
+        text = llm.generate("one", Sampling(max_tokens=8).params())[0].outputs[0].text
         word = llm.get_tokenizer().decode([70])
         assert text == texts["one"]
     status, out, _ = run("generate", "--stop", text[2], "--stop", "zzz", "one", *EIGHT)
@@ -313,7 +314,7 @@ def chat_answers(model, *turns: str, system: str | None = None) -> list[str]:
     with tiny_llm(model, max_num_seqs=2, max_num_batched_tokens=32) as llm:
         for turn in turns:
             messages.append({"role": "user", "content": turn})
-            output = llm.chat(messages, cli.Sampling(max_tokens=8).params())[0]
+            output = llm.chat(messages, Sampling(max_tokens=8).params())[0]
             answers.append(output.outputs[0].text)
             messages.append({"role": "assistant", "content": answers[-1]})
     return answers

@@ -65,6 +65,16 @@ class Scheduler:
         """Plans made and not yet committed: 0, 1 or 2."""
         return len(self._roster.outstanding)
 
+    @property
+    def num_preemptions(self) -> int:
+        """Sequences that gave way, since the start."""
+        return self._roster.counters.num_preemptions
+
+    @property
+    def num_prefix_hits(self) -> int:
+        """Prompt tokens whose pages were there already, since the start."""
+        return self._roster.counters.num_prefix_hits
+
     def metrics(self) -> dict[str, int]:
         """Counters since the start and how many sequences run and wait now."""
         return {

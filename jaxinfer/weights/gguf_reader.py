@@ -19,6 +19,7 @@ from jaxinfer.params import TensorInfo
 from jaxinfer.weights import gguf_names
 from jaxinfer.weights.files import regular_size
 from jaxinfer.weights.gguf import Container, StoredTensor
+from jaxinfer.weights.memory import aligned
 
 _PLAIN: dict[GGMLQuantizationType, np.dtype[Any]] = {
     GGMLQuantizationType.F32: np.dtype("<f4"),
@@ -128,11 +129,13 @@ def read_stored(path: Path, stored: StoredTensor) -> np.ndarray:
 
 def _expand(raw: np.ndarray, stored: StoredTensor) -> np.ndarray:
     block, block_bytes = GGML_QUANT_SIZES[stored.type]
-    columns = stored.shape[-1]
-    rows = raw.reshape(-1, columns // block * block_bytes)
-    out = np.empty((len(rows), columns), np.float32)
-    step = max(1, CHUNK_ITEMS // columns)
+    blocks = raw.reshape(-1, block_bytes)
+    out = aligned(len(blocks) * block, np.float32)
+    step = max(1, CHUNK_ITEMS // block)
     with np.errstate(all="ignore"):  # a NaN or infinite scale shows in the result, which is checked
-        for first in range(0, len(rows), step):
-            out[first : first + step] = quants.dequantize(rows[first : first + step], stored.type)
+        for first in range(0, len(blocks), step):
+            some = blocks[first : first + step]
+            # As one long row: the package goes through short rows a few at a time, in Python.
+            values = quants.dequantize(some.reshape(1, -1), stored.type)
+            out[first * block : (first + len(some)) * block] = values[0]
     return out.reshape(stored.shape)

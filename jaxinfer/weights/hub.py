@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+import huggingface_hub  # its functions, and the HTTP client, are imported when first named
 
 from jaxinfer.errors import ConfigError
 
@@ -29,7 +29,7 @@ def snapshot(name: str, revision: str | None, *, weights: bool) -> Path:
         return cached
     try:
         return Path(
-            snapshot_download(
+            huggingface_hub.snapshot_download(
                 name, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED
             )
         )
@@ -47,7 +47,7 @@ def snapshot(name: str, revision: str | None, *, weights: bool) -> Path:
 def _cached(name: str, revision: str | None, patterns: list[str]) -> Path | None:
     try:
         return Path(
-            snapshot_download(
+            huggingface_hub.snapshot_download(
                 name,
                 revision=revision,
                 allow_patterns=patterns,

@@ -84,6 +84,7 @@ def default_config(target: Target, dtype: str, head_dim: int, causal: bool) -> F
     return ForwardConfig(block_kv=64, ping_pong=0) if head_dim == 256 else ForwardConfig()
 
 
+@jax.named_scope("flash_attention")
 def forward(
     q: jax.Array,  # [B, S, N, H]
     k: jax.Array,  # [B, Sk, K, H]

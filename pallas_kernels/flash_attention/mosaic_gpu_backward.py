@@ -73,6 +73,7 @@ def default_config(target: Target, dtype: str, head_dim: int, causal: bool) -> B
     return BackwardConfig()
 
 
+@jax.named_scope("flash_attention_backward")
 def backward(
     q: jax.Array,  # [B, S, N, H]
     k: jax.Array,  # [B, Sk, K, H]

@@ -21,6 +21,7 @@ def visible(mask: Mask, options: Options, q_len: int, kv_len: int) -> jax.Array:
     return seen
 
 
+@jax.named_scope("flash_attention")
 def forward(
     q: jax.Array,  # [B, S, N, H]
     k: jax.Array,  # [B, Sk, K, H]
@@ -50,6 +51,7 @@ def forward(
     return out.astype(q.dtype), lse
 
 
+@jax.named_scope("flash_attention_backward")
 def backward(
     q: jax.Array,
     k: jax.Array,

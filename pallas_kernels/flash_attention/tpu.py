@@ -50,6 +50,7 @@ def unsupported(spec: Spec | None, target: Target) -> str | None:
     return None
 
 
+@jax.named_scope("flash_attention")
 def forward(
     q: jax.Array,  # [B, S, N, H]
     k: jax.Array,  # [B, Sk, K, H]

@@ -38,6 +38,7 @@ from pallas_kernels.flash_attention.tpu_tiles import (
 )
 
 
+@jax.named_scope("flash_attention_backward")
 def backward(
     q: jax.Array,  # [B, S, N, H]
     k: jax.Array,  # [B, Sk, K, H]

@@ -172,6 +172,7 @@ def _scores(q: jax.Array, k: jax.Array, options: Options) -> tuple[jax.Array, ja
     return options.soft_cap * tanh, 1.0 - tanh * tanh
 
 
+@jax.named_scope("flash_attention")
 def forward(
     q: jax.Array,  # [B, S, N, H]
     k: jax.Array,  # [B, Sk, K, H]
@@ -217,6 +218,7 @@ def forward(
     return _from_q_blocks(out, tiling), jnp.swapaxes(_from_q_blocks(lse, tiling), 1, 2)
 
 
+@jax.named_scope("flash_attention_backward")
 def backward(
     q: jax.Array,
     k: jax.Array,

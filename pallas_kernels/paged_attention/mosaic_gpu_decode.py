@@ -96,6 +96,7 @@ class _Shape:
     out_dtype: Any
 
 
+@jax.named_scope("paged_decode")
 def decode(
     q: jax.Array,  # [S, N, H]
     pages: Pages,

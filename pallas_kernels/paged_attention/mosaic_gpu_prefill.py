@@ -60,6 +60,7 @@ def rule(head_dim: int, itemsize: int) -> PrefillConfig:
     return PrefillConfig(tile, stages={64: 4, 128: 3}.get(head_dim, 2))
 
 
+@jax.named_scope("paged_prefill")
 def prefill(
     q: jax.Array,  # [T, N, H]
     out: jax.Array,  # [T, N, H]: what tokens of no tiled row keep

@@ -27,6 +27,7 @@ def unsupported(spec: Spec | None, target: Target) -> str | None:
     return None
 
 
+@jax.named_scope("paged_reference")
 def paged_attention(
     q: jax.Array,  # [T, N, H]
     pages: Pages,

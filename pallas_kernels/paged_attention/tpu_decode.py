@@ -66,6 +66,7 @@ def rule(layout: Layout, vmem: int) -> DecodeConfig:
     return DecodeConfig(block, 3)
 
 
+@jax.named_scope("paged_decode")
 def decode(
     q: jax.Array,  # [S, N, H]
     data: jax.Array,

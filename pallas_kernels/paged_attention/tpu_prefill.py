@@ -82,6 +82,7 @@ def rule(num_heads: int, layout: Layout, vmem: int) -> PrefillConfig:
     return PrefillConfig(tile, 16, block, 2)
 
 
+@jax.named_scope("paged_prefill")
 def prefill(
     q: jax.Array,  # [T, N, H]
     done: jax.Array,  # [T, N, H]; tokens [0, num_decode) are done

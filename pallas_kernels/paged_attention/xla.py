@@ -33,6 +33,8 @@ DECODE_BLOCK = 64
 TILE_BLOCK = 128
 TILE = 64
 SMALL_TILE = 8
+FEW_TOKENS = 32
+"""A step of so few has small tiles alone: half the program, which is what a start waits for."""
 
 
 @jax.tree_util.register_dataclass
@@ -230,17 +232,18 @@ def _tiles(
     ragged: Ragged,
     options: Options,
 ) -> jax.Array:
-    """The rows behind num_decode, TILE query tokens at a time, in the order of their tokens."""
+    """The rows behind num_decode, a tile of query tokens at a time, in the order of tokens."""
     num_tokens = q.shape[0]
+    largest = TILE if num_tokens > FEW_TOKENS else SMALL_TILE
     num_rows = ragged.page_table.shape[0]
     table = _pad_table(ragged.page_table, max(1, TILE_BLOCK // pages.k.shape[-1]))
     starts = ragged.cu_q_lens[:-1]
     is_tiled = jnp.arange(num_rows, dtype=jnp.int32) >= ragged.num_decode
     q_lens = jnp.where(is_tiled, ragged.cu_q_lens[1:] - starts, 0)
-    num_tiles = _div(q_lens + (TILE - 1), TILE)
+    num_tiles = _div(q_lens + (largest - 1), largest)
     ends = jnp.cumsum(num_tiles, dtype=jnp.int32)
-    q = _first(q, num_tokens + TILE)  # a tile may begin at the last token
-    out = _first(out, num_tokens + TILE)
+    q = _first(q, num_tokens + largest)  # a tile may begin at the last token
+    out = _first(out, num_tokens + largest)
 
     def attend(size: int, start: jax.Array, row: jax.Array, done: jax.Array) -> jax.Array:
         tile = _tile(
@@ -251,17 +254,19 @@ def _tiles(
             jnp.minimum(q_lens[row] - done, size),
             options,
         )
-        return _first(tile, TILE)
+        return _first(tile, largest)
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
         row = jnp.sum(ends <= i, dtype=jnp.int32)
-        done = (i - ends[row] + num_tiles[row]) * TILE
+        done = (i - ends[row] + num_tiles[row]) * largest
         start = starts[row] + done
-        is_small = q_lens[row] - done <= SMALL_TILE
-        # `out` stays outside: XLA:CPU would copy the whole of it into and out of the branches.
-        tile = lax.cond(
-            is_small, partial(attend, SMALL_TILE), partial(attend, TILE), start, row, done
-        )
+        small, large = partial(attend, SMALL_TILE), partial(attend, largest)
+        if largest == SMALL_TILE:
+            tile = small(start, row, done)
+        else:
+            # `out` stays outside: XLA:CPU would copy the whole of it into and out of the branches.
+            is_small = q_lens[row] - done <= SMALL_TILE
+            tile = lax.cond(is_small, small, large, start, row, done)
         # What a tile writes behind its row's end are zeros, and the next row's tiles come later.
         return lax.dynamic_update_slice_in_dim(out, tile, start, axis=0)
 

@@ -149,6 +149,24 @@ def test_logprobs_and_prompt_logprobs(llm, length):
             assert mine[token].logprob == pytest.approx(before[token].logprob, abs=1e-4)
 
 
+def test_prompt_logprobs_of_chunks_of_one_token(llm, tiny):
+    """Beside a row that decodes, two tokens a step leave one for the prompt: a step that looks like
+    decoding, whose program must still give the log-probs."""
+    prompt = list(range(40, 52))
+    params = draws(seed=1, prompt_logprobs=2, max_tokens=1)
+    alone = llm.generate(prompt, params)[0].prompt_logprobs
+    other = draws(seed=2, max_tokens=30, ignore_eos=True)
+    with tiny_llm(tiny, max_num_seqs=2, max_num_batched_tokens=2) as made:
+        beside = made.generate([[7], prompt], [other, params])[1].prompt_logprobs
+        steps = [s for s in made.engine.metrics.steps if s.num_rows == s.num_tokens == 2]
+    assert {s.bucket for s in steps} >= {"mixed 3x2"} and len(steps) >= 10
+    assert alone is not None and beside is not None and len(beside) == len(prompt)
+    for mine, other_entry in zip(beside[1:], alone[1:], strict=True):
+        assert list(mine) == list(other_entry)
+        for token in mine:
+            assert mine[token].logprob == pytest.approx(other_entry[token].logprob, abs=1e-4)
+
+
 def test_logprobs_0_and_all(llm):
     none_more = one(llm, "abc", greedy(logprobs=0))
     assert [list(e) for e in none_more.logprobs] == [[t] for t in none_more.token_ids]

@@ -321,7 +321,7 @@ def test_a_hub_id_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
     def offline(name: str, **options: Any) -> str:
         raise OSError("cannot reach the hub")
 
-    monkeypatch.setattr(hub, "snapshot_download", offline)
+    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", offline)
     with pytest.raises(
         ConfigError, match=r"cannot be downloaded: cannot reach the hub.*hf download"
     ):
@@ -337,7 +337,7 @@ def test_a_hub_id_is_taken_from_the_cache_without_network(
         calls.append(options.get("local_files_only", False))
         return str(folder)
 
-    monkeypatch.setattr(hub, "snapshot_download", cached)
+    monkeypatch.setattr(hub.huggingface_hub, "snapshot_download", cached)
     opened = open_model("org/name", revision="v1")
     assert (opened.name, opened.kind, calls) == ("org/name", "safetensors", [True])
     (folder / "model.safetensors").unlink()  # text files alone were cached: the network is asked

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import kernels, kernels_device, roofline
+from benchmarks import kernels, kernels_device, report, roofline
 
 
 def test_flops_count_the_visible_pairs():
@@ -61,16 +61,18 @@ def test_a_row_that_cannot_run_says_why():
     assert (good["share"], good["achieved"]) == (0.25, "0 GB/s")
 
 
-def test_the_report_keeps_rows_and_what_was_left_out(tmp_path, capsys):
-    report = kernels.Report(tmp_path / "a" / "kernels.json", {"machine": "m"})
-    report.add({"section": "s", "case": "c", "impl": "i", "us": 1.5})
-    report.add({"left_out": "the rest"})
-    report.add({"ceilings": {"copy_bytes": 1.0}})
+def test_rows_ceilings_and_what_was_left_out_are_kept(tmp_path, capsys):
+    kept = report.Report("kernels", output=tmp_path / "a" / "kernels.json")
+    assert kernels.ceilings_of(kept) == {}
+    kernels.keep(kept, {"section": "s", "case": "c", "impl": "i", "us": 1.5})
+    kernels.keep(kept, {"left_out": "the rest"})
+    kernels.keep(kept, {"section": "ceilings", "copy_bytes": 1.0})
     content = json.loads((tmp_path / "a" / "kernels.json").read_text())
-    assert content["rows"] == [{"section": "s", "case": "c", "impl": "i", "us": 1.5}]
-    assert content["left_out"] == ["the rest"]
-    assert content["about"] == {"machine": "m", "ceilings": {"copy_bytes": 1.0}}
-    assert "left out: the rest" in capsys.readouterr().out
+    assert content["rows"][0] == {"section": "s", "case": "c", "impl": "i", "us": 1.5}
+    assert content["notes"] == ["left out: the rest"]
+    assert kernels.ceilings_of(kept) == {"copy_bytes": 1.0}
+    said = capsys.readouterr()
+    assert "left out: the rest" in said.err and "copy_bytes" in said.out
 
 
 def test_unknown_sections_are_refused(capsys):

@@ -1,0 +1,81 @@
+"""What a figure was measured on: the machine's name, parts and versions. No jax in this process: a
+parent that holds the accelerator would leave none to its children.
+"""
+
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("jaxinfer", "jax", "jaxlib", "flax", "numpy", "transformers", "torch")
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def num_cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Of the machine; 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError, AttributeError):
+        return 0
+
+
+@functools.cache
+def device() -> tuple[str, str]:
+    """(platform, device kind) of jax's first device, asked in another process.
+
+    Raises SystemExit where jax finds none.
+    """
+    code = "import jax; d = jax.devices()[0]; print(d.platform, d.device_kind, sep='|')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"jax finds no device: {done.stderr.strip()[-500:]}")
+    found, kind = done.stdout.strip().splitlines()[-1].split("|")
+    return found, kind
+
+
+def name() -> str:
+    """Of the folder of results: the accelerator's kind, or the CPU's model and cores."""
+    found, kind = device()
+    text = f"{_cpu_model()} {num_cores()} cores" if found == "cpu" else kind
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
+
+
+def about() -> dict[str, Any]:
+    """Machine and versions, for the head of a result file."""
+    found, kind = device()
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "name": name(),
+        "platform": found,
+        "device": kind,
+        "cpu": _cpu_model(),
+        "cores": num_cores(),
+        "memory_gb": round(memory_bytes() / 1e9, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "versions": versions,
+    }

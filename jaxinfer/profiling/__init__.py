@@ -1,0 +1,1 @@
+"""XLA traces and the timeline of steps: recording, reading, reports."""
