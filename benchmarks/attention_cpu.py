@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
+from jaxinfer.profiling import record
 
 CASES: dict[str, list[tuple[int, int]]] = {  # name -> (new tokens, kv_len) of each row
     "decode 1 x 256": [(1, 256)],
@@ -172,13 +174,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", default="", help="run the cases whose names contain this")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="an XLA trace of the cases")
     args = parser.parse_args()
-    for name in CASES:
-        if args.only in name:
-            print(json.dumps(run_case(name, args)), flush=True)
-    for num_tokens in (1, 64, 512):
-        if args.only in f"write {num_tokens}":
-            print(json.dumps(run_write(num_tokens, args)), flush=True)
+    with record.trace(args.profile):
+        for name in CASES:
+            if args.only in name:
+                print(json.dumps(run_case(name, args)), flush=True)
+        for num_tokens in (1, 64, 512):
+            if args.only in f"write {num_tokens}":
+                print(json.dumps(run_write(num_tokens, args)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""The engine alone: host time, KV waste, memory, start-up. Beside others: `benchmarks.peers`.
+"""The engine alone: a step's host time, scheduling, KV waste, start-up. Beside others:
+`benchmarks.peers`.
 
     python -m benchmarks.engine                  # every row
-    python -m benchmarks.engine host             # one of: host waste start
+    python -m benchmarks.engine host             # one of: start step host waste
 
-One JSON line per row.
+start   seconds from the command to the first character, with an empty compile cache and a full one
+step    share of the host (plan, build, dispatch, collect) in the time of decode steps, by batch
+host    scheduling alone (plan and commit), with 256 running rows and no device
+waste   slots of KV pages that hold no token, over a run of mixed lengths, no device
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -14,33 +19,99 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from jaxinfer import SamplingParams
+from benchmarks import toy
+from benchmarks.report import BenchmarkError, Report, run_main
+from jaxinfer import LLM, SamplingParams
 from jaxinfer.config import SchedulerConfig
+from jaxinfer.profiling import record
 from jaxinfer.request import Request
 from jaxinfer.scheduling.pages import PagePool
 from jaxinfer.scheduling.scheduler import Scheduler
 
 VOCAB = 49_152
+BATCHES = (1, 16, 64)
 
 
-def report(**row: object) -> None:
-    print(json.dumps(row), flush=True)
-
-
-def random_prompts(count: int, length: int, seed: int) -> list[list[int]]:
+def random_prompts(count: int, length: int, seed: int, vocab: int = VOCAB) -> list[list[int]]:
     rng = np.random.default_rng(seed)
-    return rng.integers(0, VOCAB, (count, length)).tolist()
+    return rng.integers(0, vocab, (count, length)).tolist()
 
 
-# -- host time and waste
+# -- a step of the engine
+# -------------------------------------------------------------------------------------
+
+
+def step(options: argparse.Namespace, report: Report) -> None:
+    """Host time of decode steps at 128 tokens in, 64 out; compiles after warm-up."""
+    settings: dict = {"enable_prefix_caching": False, "verbose": False}
+    vocab, lengths = VOCAB, (128, 64)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.toy:
+            settings |= {"model": str(toy.write_model(Path(folder))), "load_format": "dummy"}
+            settings |= {"skip_tokenizer_init": True, "max_num_seqs": 16, "num_pages": 256}
+            settings |= {"max_num_batched_tokens": 32}
+            vocab, lengths = toy.VOCAB, (16, 12)
+        if options.profile:
+            record.prepare(options.profile)
+        with LLM(**settings) as llm:
+            llm.warmup(use_tqdm=False)
+            for batch in BATCHES:
+                if batch <= (llm.config.max_num_seqs or 0):
+                    add(report, **_step_row(llm, batch, vocab, *lengths, options.profile))
+            compiles = llm.get_metrics()["num_compiles_after_warmup"]
+    print(f"compiles after warm-up: {compiles}")
+    if compiles:
+        raise BenchmarkError(
+            f"{compiles} program(s) were compiled after warm-up; there must be none"
+        )
+
+
+def _step_row(
+    llm: LLM, batch: int, vocab: int, num_in: int, num_out: int, profile: Path | None
+) -> dict[str, object]:
+    ask = SamplingParams(temperature=0, max_tokens=num_out, ignore_eos=True)
+    steps = llm.engine.metrics.steps
+    steps.clear()
+    with record.trace(profile / f"batch-{batch}" if profile else None):
+        llm.generate(random_prompts(batch, num_in, batch, vocab), ask, use_tqdm=False)
+    done = [s for s in steps if s.bucket.startswith("decode") and s.num_rows == batch]
+    pairs = [
+        (later.finished - earlier.finished, later)
+        for earlier, later in itertools.pairwise(done)
+        if earlier.finished is not None and later.finished is not None
+    ]
+    host = [
+        s.plan_seconds + s.build_seconds + s.dispatch_seconds + s.collect_seconds for _, s in pairs
+    ]
+    total = sum(seconds for seconds, _ in pairs)
+    return {
+        "bench": "step",
+        "batch": batch,
+        "steps": len(pairs),
+        "step_median_s": statistics.median(seconds for seconds, _ in pairs),
+        "host_median_s": statistics.median(host),
+        "host_share": sum(host) / total,
+    }
+
+
+def add(report: Report, **row: object) -> None:
+    rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+    print(json.dumps(rounded), flush=True)
+    report.add(rounded)
+
+
+# -- scheduling and waste
 # ----------------------------------------------------------------------------
 
 
-def host(rows: int = 256, steps: int = 200) -> None:
-    """Scheduling time per step with `rows` running: plan and commit, no device."""
+def host(options: argparse.Namespace, report: Report) -> None:
+    """Scheduling time per step with 256 rows running: plan and commit, no device."""
+    rows, steps = (16, 20) if options.toy else (256, 200)
     pool = PagePool(rows * 40, 16)
     limits = SchedulerConfig(max_num_seqs=rows, max_num_batched_tokens=4096, max_model_len=1024)
     scheduler = Scheduler(limits, pool)
@@ -54,7 +125,8 @@ def host(rows: int = 256, steps: int = 200) -> None:
         scheduler.commit(plan, [7] * len(plan.rows))
         if len(plan.rows) == rows and plan.num_tokens == rows:
             seconds.append(time.perf_counter() - begun)
-    report(
+    add(
+        report,
         bench="scheduling",
         rows=rows,
         median_ms=round(statistics.median(seconds) * 1e3, 3),
@@ -62,8 +134,9 @@ def host(rows: int = 256, steps: int = 200) -> None:
     )
 
 
-def waste(requests: int = 400) -> None:
+def waste(options: argparse.Namespace, report: Report) -> None:
     """Share of the slots of pages in use that hold no token, over a run of mixed lengths."""
+    requests = 20 if options.toy else 400
     pool = PagePool(4000, 16)
     limits = SchedulerConfig(
         max_num_seqs=64, max_num_batched_tokens=512, max_model_len=2048, enable_prefix_caching=False
@@ -80,8 +153,11 @@ def waste(requests: int = 400) -> None:
         slots += pool.page_size * sum(len(row.pages) for row in plan.rows)
         tokens += sum(row.kv_len for row in plan.rows)
         scheduler.commit(plan, [7] * len(plan.rows))
-    report(
-        bench="waste", page_size=pool.page_size, wasted_percent=round(100 * (1 - tokens / slots), 2)
+    add(
+        report,
+        bench="waste",
+        page_size=pool.page_size,
+        wasted_percent=round(100 * (1 - tokens / slots), 2),
     )
 
 
@@ -89,13 +165,15 @@ def waste(requests: int = 400) -> None:
 # ---------------------------------------------------------------------------------------
 
 
-def start(repeats: int = 5) -> None:
+def start(options: argparse.Namespace, report: Report) -> None:
     """Seconds from the command to the first character: one first start, then second starts."""
+    repeats = 1 if options.toy else 5
     with tempfile.TemporaryDirectory() as cache:
         runs = [_start_once(cache) for _ in range(1 + repeats)]
     for name, some in (("first", runs[:1]), ("second", runs[1:])):
         seconds = [run["first_token_s"] for run in some]
-        report(
+        add(
+            report,
             bench="start",
             run=name,
             repeats=len(some),
@@ -129,17 +207,36 @@ def _start_once(cache: str) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", help="host, waste, start; none: all")
-    options = parser.parse_args()
-    rows = {"start": start, "host": host, "waste": waste}
-    unknown = [w for w in options.what if w not in rows]
+SECTIONS = {"start": start, "step": step, "host": host, "waste": waste}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    lines = (__doc__ or "").splitlines()
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.engine",
+        description=lines[0],
+        epilog="\n".join(lines[1:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", nargs="*", help=f"{', '.join(SECTIONS)}; none: all")
+    parser.add_argument("--output", type=Path, help="JSON file (results/<machine>/engine.json)")
+    parser.add_argument(
+        "--profile", type=Path, metavar="DIR", help="XLA traces of the step section"
+    )
+    parser.add_argument(
+        "--toy", action="store_true", help="small sizes: shows that it runs (start is the real one)"
+    )
+    options = parser.parse_args(argv)
+    unknown = [w for w in options.what if w not in SECTIONS]
     if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(rows)}")
-    for name in options.what or rows:
-        rows[name]()
+        raise BenchmarkError(f"unknown: {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    chosen = options.what or list(SECTIONS)
+    report = Report("engine", output=options.output, settings={"sections": chosen})
+    for name in chosen:
+        SECTIONS[name](options, report)
+    report.finish()
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -64,25 +64,31 @@ def _line(cells: Sequence[Any]) -> str:
     return " ".join(f"{text:<{width}}" for text, width in zip(texts, WIDTHS, strict=True)).rstrip()
 
 
-def run_section(table: str, name: str, seconds: float, report: Report) -> None:
+def run_section(
+    table: str, name: str, seconds: float, report: Report, profile: Path | None
+) -> None:
     """Runs a section in its own process and takes its rows; kills it when its time is over."""
     command = [sys.executable, "-m", "benchmarks.kernels"]
     command += ["--child", table, json.dumps(ceilings_of(report)), "--seconds", str(seconds), name]
+    if profile:
+        command += ["--profile", str(profile / name)]
     # A section stops by itself; the rest is for a kernel that never comes back.
     problem = sections.run(command, seconds + 30, partial(keep, report))
     if problem:
         keep(report, {"left_out": f"rest of {name}: {problem}"})
 
 
-def child(table: str, ceilings: str, name: str, seconds: float) -> None:
+def child(table: str, ceilings: str, name: str, seconds: float, profile: Path | None) -> None:
     """One section, in this process: a JSON line for each row."""
     # Imported here: the parent must not touch the accelerator that its children use.
     from benchmarks import kernels_cpu, kernels_device, kernels_static
+    from jaxinfer.profiling import record
 
     module = {"accelerator": kernels_device, "cpu": kernels_cpu, "static": kernels_static}[table]
     deadline = time.monotonic() + seconds
-    for row in module.SECTIONS[name](deadline, json.loads(ceilings)):
-        print(json.dumps(row), flush=True)
+    with record.trace(profile):
+        for row in module.SECTIONS[name](deadline, json.loads(ceilings)):
+            print(json.dumps(row), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -98,11 +104,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--static", action="store_true", help="TPU cost without a TPU")
     parser.add_argument("--seconds", type=float, help="for the whole run (default: 510)")
     parser.add_argument("--output", type=Path, help="of the JSON file")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="an XLA trace of each section")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
         table, ceilings = args.child
-        child(table, ceilings, args.sections[0], args.seconds)
+        child(table, ceilings, args.sections[0], args.seconds, args.profile)
         return
     table = "static"
     if not args.static:
@@ -122,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if left < 15:
             keep(report, {"left_out": f"section {name}: no time"})
             continue
-        run_section(table, name, sections.share(known, names, i, left), report)
+        run_section(table, name, sections.share(known, names, i, left), report, args.profile)
     if not report.content["notes"]:
         report.finish()
     rows, left_out = len(report.rows), len(report.content["notes"])

@@ -11,15 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from benchmarks import workloads
-from benchmarks.peers import measures, models, roofline
 from benchmarks.peers.engines import ENTRIES, HERE, MODULES
-from benchmarks.peers.measures import Run
 from benchmarks.peers.workers import Worker, WorkerError
-from benchmarks.workloads import Ask, Workload
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -77,7 +72,7 @@ def toy_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("peers")
     options = ["--toy", "--repeats", "2", "--output", str(folder / "peers.json")]
     options += ["--chart", str(folder / "chart.png"), "--profile", str(folder / "trace")]
-    names = ["fixed-1", "uniform", "chat"]
+    names = ["fixed-1", "chat"]
     if importlib.util.find_spec("torch") is None:  # its place is taken by a fake engine
         options += only_fakes(folder, transformers="")
     done = peers(*options, "--workloads", *names)
@@ -96,7 +91,7 @@ def test_a_toy_run_has_a_row_for_every_engine_and_workload(toy_run):
     found = {(row["workload"], row["engine"]) for row in rows}
     assert found == {
         (workload, engine)
-        for workload in ("fixed-1", "uniform", "chat")
+        for workload in ("fixed-1", "chat")
         for engine in ("jaxinfer-float32", "transformers-float32")
     }
     for row in rows:
@@ -115,7 +110,7 @@ def test_a_toy_run_has_a_row_for_every_engine_and_workload(toy_run):
 
 def test_all_engines_make_the_same_number_of_tokens_and_the_same_tokens(toy_run):
     _, _, result = toy_run
-    for name in ("fixed-1", "uniform", "chat"):
+    for name in ("fixed-1", "chat"):
         rows = [r for r in result["rows"] if r["kind"] == "engine" and r["workload"] == name]
         assert len({(row["tokens"], row["prompt_tokens"]) for row in rows}) == 1
         assert {row["agree_requests"] for row in rows} == {1.0} or not has_torch()
@@ -130,7 +125,7 @@ def test_prefixes_are_cached_in_chat_alone(toy_run):
     _, _, result = toy_run
     rows = [row for row in result["rows"] if row["kind"] == "engine"]
     ours = {row["workload"]: row for row in rows if row["engine"] == "jaxinfer-float32"}
-    assert ours["fixed-1"]["cached_tokens"] == ours["uniform"]["cached_tokens"] == 0
+    assert ours["fixed-1"]["cached_tokens"] == 0
     # 40 tokens of system prompt are two whole pages of 16, for the second turn of both
     assert ours["chat"]["cached_tokens"] >= 2 * 32
 
@@ -148,7 +143,7 @@ def test_no_compiles_after_warm_up_and_it_is_said(toy_run):
 def test_ratios_are_of_pairs_and_printed(toy_run):
     _, done, result = toy_run
     ratios = [row for row in result["rows"] if row["kind"] == "ratio"]
-    assert [row["workload"] for row in ratios] == ["fixed-1", "uniform", "chat"]
+    assert [row["workload"] for row in ratios] == ["fixed-1", "chat"]
     for row in ratios:
         assert (row["engine"], row["peer"]) == ("jaxinfer-float32", "transformers-float32")
         assert 0 < row["low"] <= row["ratio"] <= row["high"]
@@ -343,106 +338,6 @@ def test_a_paused_worker_does_not_run_and_goes_on_when_resumed(tmp_path):
             worker.ask(ask)
     finally:
         worker.kill()
-
-
-def test_agreement_counts_tokens_before_the_first_difference():
-    def run(*tokens: list[int]) -> Run:
-        return Run(1.0, list(tokens), [[0.1] * len(t) for t in tokens], None)
-
-    ours = [run([1, 2, 3, 4], [1, 2, 3, 4])]
-    theirs = [run([1, 2, 9, 4], [1, 2, 3, 4])]
-    found = measures.agreement(ours, theirs)
-    assert found == {"agree_tokens": 6 / 8, "agree_requests": 0.5}
-
-
-def test_latencies_are_those_of_the_requests():
-    run = Run(1.0, [[1, 2, 3], [4]], [[0.5, 0.7, 1.0], [0.1]], None)
-    found = measures.latencies([run])
-    assert found["ttft_p50_s"] == 0.1
-    assert found["ttft_p99_s"] == 0.5
-    assert found["itl_p50_s"] == pytest.approx(0.2)
-    assert found["itl_p99_s"] == pytest.approx(0.3)
-    assert found["tpot_p50_s"] == pytest.approx(0.25)
-
-
-def test_a_ratio_within_the_spread_is_no_difference():
-    workload = workloads.fixed(1, 0, vocab=9, inputs=1, outputs=2)
-
-    def runs(*walls: float) -> list[Run]:
-        return [Run(wall, [[1, 2]], [[0.1, 0.2]], None) for wall in walls]
-
-    close = measures.ratio(runs(1.0, 1.0, 1.0), runs(0.9, 1.2, 1.3), workload)
-    assert (close["ratio"], close["verdict"]) == (pytest.approx(1.2), "no difference")
-    assert measures.ratio(runs(1.0, 1.0), runs(1.1, 1.2), workload)["verdict"] == "faster"
-    assert measures.ratio(runs(1.3, 1.4), runs(1.1, 1.2), workload)["verdict"] == "slower"
-
-
-SHAPE = models.Shape(layers=2, heads=4, kv_heads=2, head_dim=16, hidden=64, mlp=128, vocab=512)
-
-
-def test_the_bound_of_decoding_is_bytes_over_bandwidth():
-    ceilings = roofline.Ceilings(bytes_s=1e6, flops={"float32": 1e18}, by={})
-    workload = Workload("x", "", ((Ask((1,) * 10, 5),),), 1)
-    found = roofline.bound_seconds(workload, SHAPE, ceilings, dtype="float32", peak="float32")
-    weights = 2 * (64 * 16 * (4 + 2 + 2 + 4) + 3 * 64 * 128) + 64 * 512
-    kv = 2 * 2 * 2 * 16 * 4
-    context = 11 + 12 + 13 + 14  # tokens that each of the four later steps attends to
-    assert found == pytest.approx((4 * weights * 4 + context * kv) / 1e6, rel=0.01)
-    assert (
-        roofline.bound_seconds(workload, SHAPE, ceilings, dtype="bfloat16", peak="bfloat16") is None
-    )
-
-
-def test_the_bound_of_prefill_is_products_over_the_peak():
-    ceilings = roofline.Ceilings(bytes_s=1e18, flops={"float32": 1e6}, by={})
-    workload = Workload("x", "", ((Ask((1,) * 10, 1),),), 1)
-    found = roofline.bound_seconds(workload, SHAPE, ceilings, dtype="float32", peak="float32")
-    blocks = SHAPE.num_blocks
-    flops = 2 * 10 * blocks + 2 * 64 * 512 + 2 * 2 * 4 * 16 * 100
-    assert found == pytest.approx(flops / 1e6)
-
-
-def test_a_perfect_prefix_cache_computes_what_is_new():
-    system = tuple(range(100, 140))
-    rounds = (
-        (Ask((*system, 1, 2), 1), Ask((*system, 3), 1)),
-        (Ask((*system, 1, 2, 7, 8), 1), Ask(system, 1)),
-    )
-    cached = Workload("x", "", rounds, 2, prefix_caching=True)
-    assert roofline.cached_lengths(cached) == [0, 40, 42, 39]
-    assert roofline.cached_lengths(Workload("x", "", rounds, 2)) == [0, 0, 0, 0]
-
-
-@pytest.mark.parametrize("name", workloads.NAMES)
-def test_workloads_depend_on_name_and_seed_alone(name):
-    def make(seed: int) -> Workload:
-        return workloads.make(
-            name, seed, vocab=300, encode=lambda text: list(text.encode()), toy=True
-        )
-
-    assert make(3) == make(3)
-    assert make(3).name == name
-    assert (make(3) == make(4)) == (name == "repetitive")
-    tokens = np.array([t for round_ in make(3).rounds for ask in round_ for t in ask.prompt])
-    assert tokens.min() >= 0
-    assert tokens.max() < 300
-
-
-def test_full_workloads_are_those_of_the_issue():
-    def make(name: str) -> Workload:
-        return workloads.make(name, 0, vocab=49152, encode=lambda text: list(text.encode()))
-
-    for batch in (1, 4, 16, 64):
-        (asks,) = make(f"fixed-{batch}").rounds
-        assert [(len(ask.prompt), ask.max_tokens) for ask in asks] == [(128, 128)] * batch
-    chat = make("chat")
-    assert chat.prefix_caching
-    assert [len(round_) for round_ in chat.rounds] == [8] * 4
-    firsts = {ask.prompt[:600] for round_ in chat.rounds for ask in round_}
-    assert len(firsts) == 1
-    assert make("prefill").output_tokens == 8
-    with pytest.raises(ValueError, match="no workload 'fixed-2'; there are"):
-        make("fixed-2")
 
 
 def test_every_engine_has_an_adapter_and_an_environment():
