@@ -13,6 +13,7 @@ otherwise.
 import datetime
 import json
 import os
+import re
 import shlex
 import statistics
 import sys
@@ -48,7 +49,7 @@ class Report:
         self.content: dict[str, Any] = {
             "schema": SCHEMA,
             "benchmark": benchmark,
-            "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
+            "command": _command(benchmark, sys.argv[1:]),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": machine.about(),
             "settings": settings or {},
@@ -88,6 +89,12 @@ class Report:
         """Everything that was asked for has been measured."""
         self.content["complete"] = True
         self._write()
+
+
+def _command(benchmark: str, arguments: Sequence[str]) -> str:
+    """As it was typed, but for the folders of this machine: they are nobody else's."""
+    shown = [re.sub(r"(^|=)/\S*/(?=\S)", r"\1.../", argument) for argument in arguments]
+    return shlex.join(["python", "-m", f"benchmarks.{benchmark}", *shown])
 
 
 def percentiles(
