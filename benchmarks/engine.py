@@ -54,8 +54,8 @@ def step(options: argparse.Namespace, report: Report) -> None:
         if options.toy:
             settings |= {"model": str(toy.write_model(Path(folder))), "load_format": "dummy"}
             settings |= {"skip_tokenizer_init": True, "max_num_seqs": 16, "num_pages": 256}
-            settings |= {"max_num_batched_tokens": 32}
-            vocab, lengths = toy.VOCAB, (16, 12)
+            settings |= {"max_num_batched_tokens": 128}
+            vocab, lengths = toy.VOCAB, (16, 24)
         if options.profile:
             record.prepare(options.profile)
         with LLM(**settings) as llm:
@@ -85,6 +85,8 @@ def _step_row(
         for earlier, later in itertools.pairwise(done)
         if earlier.finished is not None and later.finished is not None
     ]
+    if not pairs:
+        raise BenchmarkError(f"no two decode steps had {batch} rows; ask for more tokens")
     host = [
         s.plan_seconds + s.build_seconds + s.dispatch_seconds + s.collect_seconds for _, s in pairs
     ]
