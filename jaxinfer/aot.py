@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer import kv_cache, models, weights
-from jaxinfer.batch import Bucket, Layout
+from jaxinfer.batch import Layout
+from jaxinfer.buckets import Bucket
 from jaxinfer.step import step
 from pallas_kernels import Spec, resolve
 from pallas_kernels.aot import CHIPS, Program

@@ -90,11 +90,13 @@ def _completed_words(row: Row, num_generated: int) -> tuple[int, ...]:
 
     The scheduler plans such a row only when its last token is known on the host.
     """
-    tokens = row.sequence.tokens
-    end = row.kv_len
+    words = row.sequence.request.bad_token_ids
+    known = row.kv_len - len(row.draft)
+    longest = max(len(ids) for ids in words)
+    tokens = (*row.sequence.tokens[max(0, known - longest) : known], *row.draft)
     banned = set()
-    for ids in row.sequence.request.bad_token_ids:
+    for ids in words:
         before = len(ids) - 1
-        if 0 < before <= num_generated and tuple(tokens[end - before : end]) == ids[:-1]:
+        if 0 < before <= num_generated and tokens[len(tokens) - before :] == ids[:-1]:
             banned.add(ids[-1])
     return tuple(sorted(banned))

@@ -107,8 +107,6 @@ class ModelConfig:
 
 
 _LATER = {
-    "speculative_config": "speculative decoding",
-    "spec_method": "speculative decoding",
     "quantization": "quantised compute",
     "kv_cache_dtype": "quantised KV pages",
     "pipeline_parallel_size": "several devices",
@@ -120,6 +118,9 @@ _LATER = {
 }
 _RENAMED = {
     "block_size": "page_size",
+    "spec_method": "speculative_config={'method': ...}",
+    "spec_model": "speculative_config={'model': ...}",
+    "spec_tokens": "speculative_config={'num_speculative_tokens': ...}",
     "num_gpu_blocks_override": "num_pages",
     "enforce_eager": "nothing: the step is always compiled",
     "trust_remote_code": "nothing: code from a model folder is never run",
@@ -175,6 +176,10 @@ class EngineConfig:
     """Who is admitted first: the earliest arrival, or the lowest `priority` number."""
     async_scheduling: bool = True
     """Plan the next step while one is on the device."""
+    speculative_config: dict[str, Any] | None = None
+    """Draft tokens and verify several in a step, which changes no output: {"method": "ngram",
+    "num_speculative_tokens": 4} or {"model": a smaller one, "num_speculative_tokens": 4}; the keys
+    are SpeculativeConfig's."""
     max_n: int = 16
     """Most samples per prompt."""
     max_logprobs: int = 20

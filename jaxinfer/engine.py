@@ -4,8 +4,6 @@ Engine owns the scheduler, the runner and the state of every request; it serves 
 callers in one thread. `LLM` (llm.py) is the user's face of it.
 """
 
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,10 +20,11 @@ from jaxinfer.errors import EngineDeadError, InvalidRequestError, JaxInferError
 from jaxinfer.intake import Intake
 from jaxinfer.metrics import Metrics, StepStats
 from jaxinfer.outputs import LogprobReader, RequestState
-from jaxinfer.request import Request, RequestOutput, StepPlan
+from jaxinfer.request import Request, RequestOutput, Sequence, StepPlan
 from jaxinfer.runner import Runner
 from jaxinfer.sampling_params import RequestOutputKind
 from jaxinfer.scheduling.scheduler import Scheduler
+from jaxinfer.speculative.speculator import Speculator
 from jaxinfer.tokenizer import Tokenizer
 
 # What the engine does shows in a profiler's trace, under names that profiling/events.py knows.
@@ -39,6 +38,8 @@ class _InFlight:
     batch: HostBatch
     result: StepResult
     stats: StepStats
+    first_lane: list[int]
+    """Of each row of the plan: where its tokens begin among those of the result."""
 
 
 class Engine:
@@ -57,6 +58,7 @@ class Engine:
         intake: Intake,
         tokenizer: Tokenizer | None,
         overlap: bool = True,
+        speculator: Speculator | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.scheduler = scheduler
@@ -67,13 +69,15 @@ class Engine:
         self._builder = builder
         self._bias = bias
         self._depth = 2 if overlap else 1
+        self.speculator = speculator
         self._clock = clock
         self._in_flight: deque[_InFlight] = deque()
         self._states: dict[str, RequestState] = {}
         self._changed: dict[str, None] = {}
-        self._last_token_time: dict[str, float] = {}
         self._next_id = 0
         self._dead: BaseException | None = None
+        self._last_finished: float | None = None
+        """When the newest step came back; None where what comes next says nothing of its cost."""
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -160,12 +164,14 @@ class Engine:
         self.check_alive()
         number = self.metrics.num_steps
         with self._fatal_faults(), jax.profiler.StepTraceAnnotation("step", step_num=number):
-            dispatched = not self._would_wait_for_compile() and self._dispatch()
+            wait = self._would_wait_for_compile() or self._would_wait_for_draft()
+            dispatched = not wait and self._dispatch()
             if len(self._in_flight) >= self._depth or (self._in_flight and not dispatched):
                 self._collect(self._in_flight.popleft())
             outputs = self._take_outputs()
             if not self._states:  # what is still in flight is of requests that have ended
                 outputs += self._collect_all()
+                self._last_finished = None
         return outputs
 
     @contextmanager
@@ -190,6 +196,12 @@ class Engine:
         rows = len(self._in_flight[-1].plan.rows)
         return not self.runner.is_compiled(self._builder.buckets.decode_bucket(rows))
 
+    def _would_wait_for_draft(self) -> bool:
+        """The next step is better made when the tokens in flight are known, and drafts of them."""
+        if self.speculator is None or not self._in_flight:
+            return False
+        return self.speculator.should_wait(self._in_flight[-1].plan)
+
     def _dispatch(self) -> bool:
         """Plan, build and start a step; whether there was one to start."""
         if len(self._in_flight) >= self._depth:
@@ -197,16 +209,24 @@ class Engine:
         begun = time.perf_counter()
         hits, preemptions = self.scheduler.num_prefix_hits, self.scheduler.num_preemptions
         with span("plan"):
-            plan = self.scheduler.plan()
+            plan = self.scheduler.plan(self.speculator.lengths if self.speculator else None)
         if plan is None:
             self._note_ended()
             return False
         planned = time.perf_counter()
         try:
+            proposed = planned
+            if self.speculator is not None and any(row.max_draft for row in plan.rows):
+                with span("propose"):
+                    self.scheduler.set_drafts(plan, self.speculator.propose(plan))
+                proposed = time.perf_counter()
             with span("build"):
-                slots, uploads = self._bias.assign(plan)
-                batch = self._builder.build(plan, slots)
+                lanes, first_lane = plan.lanes()
+                slots, uploads = self._bias.assign(lanes)
+                batch = self._builder.build(lanes, slots)
             built = time.perf_counter()
+            if not self.runner.is_compiled(batch.bucket):
+                self._last_finished = None
             with span("dispatch", bucket=str(batch.bucket)):
                 result = self.runner.run(batch, plan.copies, uploads)
         except (JaxInferError, KeyboardInterrupt):
@@ -215,16 +235,18 @@ class Engine:
         stats = StepStats(
             bucket=str(batch.bucket),
             num_rows=len(plan.rows),
-            num_tokens=plan.num_tokens,
+            num_tokens=lanes.num_tokens,
+            num_draft_tokens=lanes.num_tokens - plan.num_tokens,
             pages_used=self.scheduler.pool.num_usable - self.scheduler.pool.num_available,
             cached_tokens=self.scheduler.num_prefix_hits - hits,
             num_preemptions=self.scheduler.num_preemptions - preemptions,
             begun=begun,
             plan_seconds=planned - begun,
-            build_seconds=built - planned,
+            propose_seconds=proposed - planned,
+            build_seconds=built - proposed,
             dispatch_seconds=time.perf_counter() - built,
         )
-        self._in_flight.append(_InFlight(plan, batch, result, stats))
+        self._in_flight.append(_InFlight(plan, batch, result, stats, first_lane))
         self._note_ended()
         self.metrics.num_steps += 1
         self.metrics.steps.append(stats)
@@ -250,6 +272,11 @@ class Engine:
         with span("wait"):
             tokens = np.asarray(done.result.tokens).tolist()
         finished = time.perf_counter()
+        if self.speculator is not None:
+            if self._last_finished is not None and done.batch.bucket.decode_only:
+                took = finished - self._last_finished
+                self.speculator.note_step(done.plan, done.stats.num_tokens, took)
+            self._last_finished = finished
         with span("collect"):
             self._commit(done, tokens)
         done.stats.wait_seconds = finished - begun
@@ -259,40 +286,59 @@ class Engine:
     def _commit(self, done: _InFlight, tokens: list[int]) -> None:
         """Give every sequence of a finished step its token."""
         reader = LogprobReader(done.result, self.tokenizer)
-        for row, offset in zip(done.plan.rows, done.batch.offsets, strict=False):
-            request = row.sequence.request
-            state = self._states.get(request.request_id)
+        rows = done.plan.rows
+        for row, lane in zip(rows, done.first_lane, strict=True):
+            state = self._states.get(row.sequence.request.request_id)
             if state is not None and state.prompt_logprobs is not None and row.num_new:
-                state.add_prompt_logprobs(row, offset, reader)
-        index = {id(row.sequence): i for i, row in enumerate(done.plan.rows)}
+                state.add_prompt_logprobs(row, done.batch.offsets[lane], reader)
+        accepted = self._verify(done, tokens)
+        drawn: dict[Sequence, list[int]] = {}
+        firsts = [tokens[lane] for lane in done.first_lane]
+        for sequence, token in self.scheduler.commit(done.plan, firsts, accepted):
+            drawn.setdefault(sequence, []).append(token)
         now = self._clock()
-        for sequence, token in self.scheduler.commit(done.plan, tokens):
-            request_id = sequence.request.request_id
-            state = self._states.get(request_id)
-            if state is None:
-                continue
-            self._changed[request_id] = None
-            self._note_token(sequence.request, now)
-            stop = state.add_token(sequence, token, index[id(sequence)], reader)
-            if stop is not None and not sequence.is_finished:
-                self.scheduler.finish(sequence, "stop", stop)
-            elif stop is not None:  # the last token allowed also completed a stop string
-                sequence.finish_reason, sequence.stop_reason = "stop", stop
-        for row in done.plan.rows:  # those that ended without a token: cache_only, errors
+        for i, (row, lane) in enumerate(zip(rows, done.first_lane, strict=True)):
+            if row.sequence in drawn:
+                num_used = self._add_tokens(row.sequence, drawn[row.sequence], lane, reader, now)
+                if self.speculator is not None and row.draft:
+                    self.speculator.count(row, 1 + len(accepted[i]), num_used)
+        for row in rows:  # those that ended without a token: cache_only, errors
             request = row.sequence.request
             if row.sequence.is_finished and request.request_id in self._states:
                 self._changed[request.request_id] = None
         self._note_ended()
 
-    def _note_token(self, request: Request, now: float) -> None:
-        self.metrics.generation_tokens += 1
-        if request.metrics.first_token_time is None:
-            request.metrics.first_token_time = now
-            self.metrics.time_to_first_token.append(now - request.metrics.arrival_time)
-        else:
-            last = self._last_token_time.get(request.request_id, now)
-            self.metrics.inter_token_latency.append(now - last)
-        self._last_token_time[request.request_id] = now
+    def _verify(self, done: _InFlight, tokens: list[int]) -> dict[int, list[int]]:
+        """For each row with a draft, what it emits after its first token."""
+        accepted = {}
+        for i, (row, lane) in enumerate(zip(done.plan.rows, done.first_lane, strict=True)):
+            if self.speculator is not None and row.draft and not row.sequence.is_finished:
+                drawn = tokens[lane : lane + 1 + len(row.draft)]
+                accepted[i] = self.speculator.verify(row, drawn)[1:]
+        return accepted
+
+    def _add_tokens(
+        self, sequence: Sequence, tokens: list[int], lane: int, reader: LogprobReader, now: float
+    ) -> int:
+        """Hand a sequence's new tokens to its output, until a stop string is complete; how many
+        were. `lane` is that of the first."""
+        request = sequence.request
+        state = self._states.get(request.request_id)
+        if state is None:
+            return 0
+        self._changed[request.request_id] = None
+        for i, token in enumerate(tokens):
+            self.metrics.note_token(request, now)
+            ends = i + 1 == len(tokens) and sequence.finish_reason == "stop"
+            stop = state.add_token(sequence, token, lane + i, reader, is_stop_token=ends)
+            if stop is None:
+                continue
+            if sequence.is_finished:  # by a token after it, or by the one that completed it
+                sequence.finish_reason, sequence.stop_reason = "stop", stop
+            else:
+                self.scheduler.finish(sequence, "stop", stop)
+            return i + 1
+        return len(tokens)
 
     def _take_outputs(self) -> list[RequestOutput]:
         changed, self._changed = self._changed, {}
@@ -312,9 +358,11 @@ class Engine:
         request = state.request
         request.metrics.finished_time = self._clock()
         del self._states[request.request_id]
-        self._last_token_time.pop(request.request_id, None)
+        self.metrics.forget(request)
         for sequence in request.sequences:
             self._builder.forget(sequence)
+            if self.speculator is not None:
+                self.speculator.forget(sequence)
             self.metrics.finished(sequence.finish_reason or "error")
 
     # -- ending -----------------------------------------------------------------------------------
@@ -365,28 +413,3 @@ class Engine:
 
 class _Closed(Exception):
     """Marks an engine that was closed on purpose."""
-
-
-@contextmanager
-def deferred_interrupt() -> Iterator[None]:
-    """Ctrl-C inside the block is raised when it ends, so that the books are never half written.
-
-    A second Ctrl-C is raised at once: the device may hang. Only where Python's own handler is set.
-    """
-    is_ours = threading.current_thread() is threading.main_thread()
-    if not is_ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    came: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        came.append(number)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if came:
-        raise KeyboardInterrupt

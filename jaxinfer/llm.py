@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from jaxinfer import setup
 from jaxinfer.config import EngineConfig
-from jaxinfer.engine import deferred_interrupt
 from jaxinfer.errors import ConfigError, InvalidRequestError, JaxInferError
 from jaxinfer.intake import per_prompt, split_prompts
+from jaxinfer.interrupts import deferred_interrupt
 from jaxinfer.mailbox import Mailbox
 from jaxinfer.outputs import failed_output
 from jaxinfer.profiling import timeline
@@ -416,10 +416,11 @@ class LLM:
 
     def get_metrics(self) -> dict[str, float | int]:
         """Counters since the start; times in seconds, percentiles over the last few thousand."""
-        runner = self.engine.runner
+        runner, speculator = self.engine.runner, self.engine.speculator
         return {
             **self.engine.metrics.summary(),
             **self.engine.scheduler.metrics(),
+            **(speculator.metrics() if speculator else {}),
             "num_compiles": COMPILES.compiles,
             "num_compile_cache_hits": COMPILES.cache_hits,
             "num_compiles_after_warmup": runner.compiles_after_warmup,

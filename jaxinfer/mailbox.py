@@ -5,7 +5,8 @@ Whoever steps the engine makes output for everybody; what is another caller's wa
 
 from collections.abc import Collection
 
-from jaxinfer.engine import Engine, deferred_interrupt
+from jaxinfer.engine import Engine
+from jaxinfer.interrupts import deferred_interrupt
 from jaxinfer.request import RequestOutput
 
 

@@ -3,6 +3,8 @@
 from collections import deque
 from dataclasses import dataclass, field
 
+from jaxinfer.request import Request
+
 HISTORY = 4096
 """Steps and requests that are kept for percentiles."""
 
@@ -23,6 +25,8 @@ class StepStats:
     plan_seconds: float
     build_seconds: float
     dispatch_seconds: float
+    propose_seconds: float = 0.0
+    num_draft_tokens: int = 0
     cached_tokens: int = 0
     num_preemptions: int = 0
     begun: float = 0.0
@@ -42,6 +46,23 @@ class Metrics:
     steps: deque[StepStats] = field(default_factory=lambda: deque(maxlen=HISTORY))
     time_to_first_token: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY))
     inter_token_latency: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY))
+    last_token_times: dict[Request, float] = field(default_factory=dict)
+    """Of requests that have not ended."""
+
+    def note_token(self, request: Request, now: float) -> None:
+        """A token of `request` was handed to its output."""
+        self.generation_tokens += 1
+        last = self.last_token_times.get(request)
+        if last is None:
+            request.metrics.first_token_time = now
+            self.time_to_first_token.append(now - request.metrics.arrival_time)
+        else:
+            self.inter_token_latency.append(now - last)
+        self.last_token_times[request] = now
+
+    def forget(self, request: Request) -> None:
+        """`request` has ended."""
+        self.last_token_times.pop(request, None)
 
     def finished(self, reason: str) -> None:
         """`reason` is one of the four finish reasons, never text of a user."""
@@ -62,7 +83,7 @@ class Metrics:
                 for percent in (50, 90, 99):
                     at = min(len(values) - 1, len(values) * percent // 100)
                     numbers[f"{name}_p{percent}"] = values[at]
-        host = [s.plan_seconds + s.build_seconds for s in self.steps]
+        host = [s.plan_seconds + s.propose_seconds + s.build_seconds for s in self.steps]
         if host:
             numbers["host_seconds_per_step"] = sum(host) / len(host)
         return numbers

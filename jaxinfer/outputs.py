@@ -133,17 +133,25 @@ class RequestState:
         for position, entry in reader.prompt(row, offset, count):
             self.prompt_logprobs[position] = entry
 
-    def add_token(self, sequence: Sequence, token: int, row_index: int, reader) -> str | None:
-        """Record a sampled token; the stop string that it completed, if any."""
+    def add_token(
+        self,
+        sequence: Sequence,
+        token: int,
+        lane: int,
+        reader: LogprobReader,
+        *,
+        is_stop_token: bool,
+    ) -> str | None:
+        """Record a token, drawn by `lane` of the step; the stop string it completed, if any."""
         sample = self.samples[sequence.index]
         params = self.request.params
         if sample.logprobs is not None and params.logprobs is not None:
-            entry = reader.sampled(row_index, token, params.logprobs)
+            entry = reader.sampled(lane, token, params.logprobs)
             sample.logprobs.append(entry)
             sample.cumulative_logprob = (sample.cumulative_logprob or 0.0) + entry[token].logprob
         return sample.push(
             token,
-            is_stop_token=sequence.finish_reason == "stop",
+            is_stop_token=is_stop_token,
             keep_stop=params.include_stop_str_in_output,
         )
 

@@ -5,7 +5,7 @@ moves. A StepPlan says which tokens of which sequences the next device step comp
 """
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jaxinfer.sampling_params import SamplingParams
 
@@ -20,14 +20,58 @@ class Logprob:
 
 
 @dataclass(slots=True)
+class SpeculationStats:
+    """What became of drafted tokens. A draft is one row's drafted tokens in one step.
+
+    `num_emitted_tokens` are the tokens of the steps that verified a draft: those accepted and one
+    more each. `num_accepted_tokens_per_pos[i]` counts the drafts whose token i was accepted.
+    """
+
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_emitted_tokens: int = 0
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    num_draft_tokens_per_pos: list[int] = field(default_factory=list)
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted of the drafted tokens; 0.0 where there were none."""
+        return self.num_accepted_tokens / max(1, self.num_draft_tokens)
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens per verified draft, the one that a step without a draft gives included."""
+        return self.num_emitted_tokens / max(1, self.num_drafts)
+
+    def add(self, num_drafted: int, num_accepted: int, num_emitted: int) -> None:
+        """Count one draft. `num_emitted` is less than num_accepted + 1 where the sequence ended."""
+        self.num_drafts += 1
+        self.num_draft_tokens += num_drafted
+        self.num_accepted_tokens += num_accepted
+        self.num_emitted_tokens += num_emitted
+        missing = num_drafted - len(self.num_draft_tokens_per_pos)
+        self.num_draft_tokens_per_pos += [0] * missing
+        self.num_accepted_tokens_per_pos += [0] * missing
+        for position in range(num_drafted):
+            self.num_draft_tokens_per_pos[position] += 1
+            self.num_accepted_tokens_per_pos[position] += position < num_accepted
+
+
+@dataclass(slots=True)
 class RequestMetrics:
-    """Times in seconds of time.monotonic(); None until the event happened."""
+    """Times in seconds of time.monotonic(); None until the event happened.
+
+    `speculation` counts what speculative decoding did for the request; None where it drafted
+    nothing.
+    """
 
     arrival_time: float
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
+    speculation: "SpeculationStats | None" = None
 
 
 @dataclass(slots=True)
@@ -173,6 +217,8 @@ class Row:
     sample of `n > 1` that draws its first token from the logits of its leader's row (`logits_row`).
     `fed_from`: the row of the step before whose sampled token is this row's last token, which the
     host does not know yet; None when it does. `pages` and `generated` are as of this step.
+    `max_draft`: tokens that may be drafted after its own, for which it has pages; `draft`: those
+    that were, on a row of a plan; on a lane (`StepPlan.lanes`), the drafted tokens up to its own.
     """
 
     sequence: Sequence
@@ -183,6 +229,8 @@ class Row:
     pages: list[int]
     fed_from: int | None = None
     logits_row: int | None = None
+    max_draft: int = 0
+    draft: tuple[int, ...] = ()
 
     @property
     def kv_len(self) -> int:
@@ -212,3 +260,26 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(row.num_new for row in self.rows)
+
+    @property
+    def has_drafts(self) -> bool:
+        return any(row.draft for row in self.rows)
+
+    def lanes(self) -> tuple["StepPlan", list[int]]:
+        """The plan as the device runs it, and the first lane of each row.
+
+        A drafted token is a decode row of its own, at the next position of the same pages: K/V of
+        all rows are written before any attends, so each sees the drafted tokens before it, and
+        samples with its sequence's parameters. Only a plan of rows with one new token has drafts.
+        """
+        if not self.has_drafts:
+            return self, list(range(len(self.rows)))
+        lanes: list[Row] = []
+        first = []
+        for row in self.rows:
+            first.append(len(lanes))
+            lanes.append(replace(row, draft=()))
+            for j in range(1, len(row.draft) + 1):
+                at = {"start": row.start + j, "num_generated": row.num_generated + j}
+                lanes.append(replace(row, **at, draft=row.draft[:j]))
+        return StepPlan(self.step_id, lanes, self.copies), first

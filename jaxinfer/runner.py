@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer import kv_cache
-from jaxinfer.batch import Bucket, Builder, HostBatch, StepResult
+from jaxinfer.batch import Builder, HostBatch, StepResult
+from jaxinfer.buckets import Bucket
 from jaxinfer.errors import ConfigError, RecompileError
 from jaxinfer.models import Model
 from jaxinfer.step import copy_pages, set_bias_row, step

@@ -15,8 +15,9 @@ import numpy as np
 
 from jaxinfer import kv_cache, models, weights
 from jaxinfer import tokenizer as tokenizers
-from jaxinfer.batch import Bucket, Buckets, Builder
+from jaxinfer.batch import Builder
 from jaxinfer.bias import BiasRows
+from jaxinfer.buckets import Bucket, Buckets
 from jaxinfer.config import EngineConfig, ModelConfig, SchedulerConfig
 from jaxinfer.engine import Engine
 from jaxinfer.errors import ConfigError, InvalidRequestError
@@ -26,6 +27,9 @@ from jaxinfer.request import Row, StepPlan
 from jaxinfer.runner import Runner, use_compile_cache
 from jaxinfer.scheduling.pages import PagePool
 from jaxinfer.scheduling.scheduler import Scheduler
+from jaxinfer.speculative.config import SpeculativeConfig
+from jaxinfer.speculative.ngram import NgramProposer
+from jaxinfer.speculative.speculator import Speculator
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.weights import memory
 from pallas_kernels import dispatch
@@ -60,6 +64,7 @@ def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
         the file or option, the value, and what to do.
     """
     _refuse_contradictions(config)
+    speculative = _speculative(config)
     verbose = is_verbose(config)
     use_compile_cache(config.compilation_cache_dir)
     platform = jax.default_backend()
@@ -75,8 +80,9 @@ def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
         ops = _ops(config, model_config, dtype, platform)
         model = models.build(model_config, ops, dtype)
         tokenizer = _tokenizer(config, source)
-        config = _decide(config, source.name, dtype, platform, model_config)
-        plan = _memory(config, model)
+        config = _decide(config, source.name, dtype, platform, model_config, speculative)
+        lanes = _lanes(config, speculative)
+        plan = _memory(config, model, lanes)
         config = dataclasses.replace(
             config,
             max_model_len=plan.max_model_len,
@@ -85,7 +91,7 @@ def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
         )
         if verbose:
             _say(f"attention: {ops.name} ({ops.reason})\n{plan}")
-        runner = _runner(config, model, tokenizer, plan)
+        runner = _runner(config, model, tokenizer, plan, lanes)
         first = _first_buckets(
             first_prompts,
             runner.builder.buckets,
@@ -99,11 +105,33 @@ def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
         for bucket in first[1:]:  # after: the first token does not need it
             runner.compile_early(bucket)
         runner.begin(params)
-    engine = _engine(config, runner, _intake(config, model, tokenizer, plan), plan)
+    speculator = None if speculative is None else _speculator(speculative, runner)
+    engine = _engine(config, runner, _intake(config, model, tokenizer, plan), plan, speculator)
     if verbose:
         names = ", ".join(str(b) for b in engine.runner.buckets)
         _say(f"buckets: {names}\n{describe(config)}")
     return Parts(config, model, engine, tokenizer, plan)
+
+
+def _speculative(config: EngineConfig) -> SpeculativeConfig | None:
+    given = config.speculative_config
+    return None if given is None else SpeculativeConfig.from_dict(given)
+
+
+def _lanes(config: EngineConfig, speculative: SpeculativeConfig | None) -> int:
+    """Most rows of a step on the device: sequences, each with its drafted tokens."""
+    rows = config.max_num_seqs or 0
+    return rows if speculative is None else max(rows, speculative.num_speculative_tokens + 1)
+
+
+def _speculator(speculative: SpeculativeConfig, runner: Runner) -> Speculator:
+    proposer = NgramProposer(speculative.prompt_lookup_min, speculative.prompt_lookup_max)
+    return Speculator(
+        speculative,
+        proposer,
+        [bucket.num_rows for bucket in runner.builder.buckets.decode],
+        runner.model.config.vocab_size,
+    )
 
 
 def _ops(
@@ -172,7 +200,12 @@ def _tokenizer(config: EngineConfig, source: weights.ModelSource) -> Tokenizer |
 
 
 def _decide(
-    config: EngineConfig, name: str, dtype: str, platform: str, model_config: ModelConfig
+    config: EngineConfig,
+    name: str,
+    dtype: str,
+    platform: str,
+    model_config: ModelConfig,
+    speculative: SpeculativeConfig | None,
 ) -> EngineConfig:
     """Fill in what was left open, but for what the memory plan decides."""
     _, rows, tokens = _DEFAULTS.get(platform, _DEFAULTS["gpu"])
@@ -192,6 +225,13 @@ def _decide(
             f"could not hold one token of each; raise the first or lower the second",
             field="max_num_batched_tokens",
         )
+    if speculative is not None and tokens <= speculative.num_speculative_tokens:
+        raise ConfigError(
+            f"speculative_config num_speculative_tokens={speculative.num_speculative_tokens} must "
+            f"be less than max_num_batched_tokens ({tokens}), which bounds a step; lower the first "
+            "or raise the second",
+            field="speculative_config",
+        )
     return dataclasses.replace(
         config,
         model=config.model or name,
@@ -201,7 +241,7 @@ def _decide(
     )
 
 
-def _memory(config: EngineConfig, model: Model) -> kv_cache.MemoryPlan:
+def _memory(config: EngineConfig, model: Model, lanes: int) -> kv_cache.MemoryPlan:
     return kv_cache.make_plan(
         model,
         request=kv_cache.MemoryRequest(
@@ -212,7 +252,7 @@ def _memory(config: EngineConfig, model: Model) -> kv_cache.MemoryPlan:
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs or 0,
         max_num_batched_tokens=config.max_num_batched_tokens or 0,
-        bias_rows=(config.max_num_seqs or 0) + 1,
+        bias_rows=lanes + 1,
     )
 
 
@@ -245,9 +285,14 @@ def _intake(
 
 
 def _runner(
-    config: EngineConfig, model: Model, tokenizer: Tokenizer | None, plan: kv_cache.MemoryPlan
+    config: EngineConfig,
+    model: Model,
+    tokenizer: Tokenizer | None,
+    plan: kv_cache.MemoryPlan,
+    rows: int,
 ) -> Runner:
-    rows, vocab = config.max_num_seqs or 0, model.config.vocab_size
+    """`rows` bounds those of a step."""
+    vocab = model.config.vocab_size
     pages_per_row = math.ceil(plan.max_model_len / plan.page_size)
     buckets = Buckets.make(rows, config.max_num_batched_tokens or 0)
     return Runner(
@@ -290,7 +335,11 @@ def _first_buckets(
 
 
 def _engine(
-    config: EngineConfig, runner: Runner, intake: Intake, plan: kv_cache.MemoryPlan
+    config: EngineConfig,
+    runner: Runner,
+    intake: Intake,
+    plan: kv_cache.MemoryPlan,
+    speculator: Speculator | None,
 ) -> Engine:
     rows = config.max_num_seqs or 0
     scheduler = Scheduler(
@@ -308,8 +357,11 @@ def _engine(
         scheduler=scheduler,
         runner=runner,
         builder=runner.builder,
-        bias=BiasRows(rows + 1, runner.model.config.vocab_size),
+        bias=BiasRows(
+            runner.builder.buckets.decode[-1].num_rows + 1, runner.model.config.vocab_size
+        ),
         intake=intake,
         tokenizer=intake.tokenizer,
         overlap=config.async_scheduling,
+        speculator=speculator,
     )

@@ -13,7 +13,7 @@ import jax
 from benchmarks import roofline
 from benchmarks.gpu.scale import Scale
 from jaxinfer import LLM, SamplingParams
-from jaxinfer.batch import Bucket
+from jaxinfer.buckets import Bucket
 from jaxinfer.runner import COMPILES
 from jaxinfer.sampling_params import RequestOutputKind
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from jaxinfer.errors import JaxInferError
 
-PHASES = ("plan", "build", "dispatch", "wait", "collect")
+PHASES = ("plan", "propose", "build", "dispatch", "wait", "collect")
 """What a step of the engine does on the host, in order; it sleeps in "wait"."""
 WAKE = "wake"
 """The span in which a request comes to an engine that had none."""

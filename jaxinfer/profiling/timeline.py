@@ -19,6 +19,7 @@ KINDS = (".json", ".png")
 COUNTERS = {
     "rows in the batch": "num_rows",
     "new tokens": "num_tokens",
+    "drafted tokens among them": "num_draft_tokens",
     "pages in use": "pages_used",
     "tokens found in the prefix cache": "cached_tokens",
     "preemptions": "num_preemptions",
@@ -107,8 +108,10 @@ def chrome_trace(steps: Sequence[StepStats]) -> dict[str, Any]:
             details = {title: getattr(step, name) for title, name in COUNTERS.items()}
             events.append(_slice(step.bucket, _DEVICE, span[0], span[1] - span[0], details))
         at = begun
-        for phase in ("plan", "build", "dispatch"):
+        for phase in ("plan", "propose", "build", "dispatch"):
             seconds = getattr(step, f"{phase}_seconds")
+            if phase == "propose" and not seconds:
+                continue  # nothing was to be drafted
             events.append(_slice(phase, _HOST, at, seconds))
             at += seconds
         if step.finished is not None:

@@ -5,11 +5,16 @@ order of their keys, until the budget of tokens, the rows or the pages are used 
 running ones have the pages they need is settled before anything changes.
 """
 
+from collections.abc import Callable
+
 from jaxinfer.errors import CapacityError
-from jaxinfer.request import Request, Row, StepPlan
+from jaxinfer.request import Request, Row, Sequence, StepPlan
 from jaxinfer.scheduling.queue import Entry
 from jaxinfer.scheduling.room import choose_victim, first_short, pages_needed
 from jaxinfer.scheduling.roster import Outstanding, Roster
+
+DraftLengths = Callable[[list[Sequence]], list[int]]
+"""How many tokens at most may be drafted for each of the rows of a decode step."""
 
 
 class Planner:
@@ -20,9 +25,11 @@ class Planner:
         self._config, self._pool, self._cache = roster.config, roster.pool, roster.cache
         self._next_step_id = 0
 
-    def plan(self) -> StepPlan | None:
+    def plan(self, draft_lengths: DraftLengths | None = None) -> StepPlan | None:
         """The next step, or None where nothing can run before the outstanding plan is committed."""
         roster = self._roster
+        if roster.outstanding and roster.outstanding[-1].plan.has_drafts:
+            return None  # how many of its tokens count is not known yet
         roster.sweep()
         now = roster.clock()
         if roster.cache is not None:
@@ -41,7 +48,33 @@ class Planner:
         for entry, num_new in chosen:
             self._take(entry, num_new, draft)
         self._admit(budget, now, draft)
+        if draft_lengths is not None and self._may_draft(draft):
+            self._extend(draft.ones, draft_lengths)
         return self._seal(draft) if draft.ones or draft.chunks else None
+
+    def _may_draft(self, draft: "_Draft") -> bool:
+        """A step of nothing but decode rows whose tokens the host knows: prompts come first."""
+        return bool(draft.ones) and not (draft.chunks or draft.joins or self._roster.outstanding)
+
+    def _extend(self, ones: list[tuple[Entry, Row]], draft_lengths: DraftLengths) -> None:
+        """Give rows pages for tokens to be drafted, as far as there are pages that nobody needs."""
+        pool = self._pool
+        spare = pool.num_available - len(self._roster.running)
+        for (entry, row), wanted in zip(
+            ones, draft_lengths([row.sequence for _, row in ones]), strict=True
+        ):
+            sequence = entry.sequence
+            # A verified draft gives one token more than it has.
+            length = min(wanted, entry.limit - len(sequence.tokens) - 1)
+            if length < 1 or not row.samples:
+                continue
+            grow = pool.num_pages_for(row.kv_len + length) - len(row.pages)
+            if grow > spare:
+                continue
+            spare -= grow
+            if grow:
+                row.pages = sequence.pages = row.pages + pool.allocate(grow)
+            row.max_draft = length
 
     def _select(self) -> tuple[list[tuple[Entry, int]], int, int]:
         """Running sequences that get new tokens and how many, the pages they need, budget left."""

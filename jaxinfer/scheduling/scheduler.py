@@ -7,7 +7,7 @@ its tokens, and is prefilled again later. The parts: `Planner` chooses, `Roster`
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict
 
@@ -15,10 +15,10 @@ import numpy as np
 
 from jaxinfer.config import SchedulerConfig
 from jaxinfer.errors import CapacityError, InvalidRequestError, NumericalError
-from jaxinfer.request import Request, Sequence, Status, StepPlan
+from jaxinfer.request import Request, Row, Sequence, Status, StepPlan
 from jaxinfer.scheduling.invariants import check_roster
 from jaxinfer.scheduling.pages import PagePool
-from jaxinfer.scheduling.planner import Planner
+from jaxinfer.scheduling.planner import DraftLengths, Planner
 from jaxinfer.scheduling.queue import Entry
 from jaxinfer.scheduling.roster import Roster
 
@@ -191,21 +191,50 @@ class Scheduler:
 
     # -- the two verbs --------------------------------------------------------------------------
 
-    def plan(self) -> StepPlan | None:
+    def plan(self, draft_lengths: DraftLengths | None = None) -> StepPlan | None:
         """The next step, or None: nothing can run now.
 
-        None while a plan is outstanding means: commit that one, then call again.
+        None while a plan is outstanding means: commit that one, then call again. `draft_lengths`
+        is asked in steps that may have drafted tokens; rows for which it said more than 0 have
+        `max_draft`, and `set_drafts` must follow.
         """
         if len(self._roster.outstanding) > 1:
             raise RuntimeError("plan() with two uncommitted plans; commit the older one first")
-        return self._planner.plan()
+        return self._planner.plan(draft_lengths)
 
-    def commit(self, plan: StepPlan, tokens: Seq[int] | np.ndarray) -> list[tuple[Sequence, int]]:
+    def set_drafts(self, plan: StepPlan, drafts: Seq[Seq[int]]) -> None:
+        """Take the drafted tokens of each row of `plan`, the newest, and give back pages that they
+        do not need. Tokens beyond a row's `max_draft` are cut off."""
+        if not self._roster.outstanding or self._roster.outstanding[-1].plan is not plan:
+            raise RuntimeError("set_drafts() of a plan that is not the newest outstanding one")
+        for row, draft in zip(plan.rows, drafts, strict=True):
+            row.draft = tuple(draft[: row.max_draft])
+            if row.max_draft:
+                row.pages = self._trim(row.sequence, row.kv_len + len(row.draft))
+
+    def _trim(self, sequence: Sequence, num_tokens: int) -> list[int]:
+        """Give back the pages of `sequence` that its first `num_tokens` do not need; the others."""
+        num_pages = self.pool.num_pages_for(num_tokens)
+        rest = sequence.pages[num_pages:]
+        if rest:
+            sequence.pages = sequence.pages[:num_pages]
+            self.pool.decref(reversed(rest))
+        return sequence.pages
+
+    def commit(
+        self,
+        plan: StepPlan,
+        tokens: Seq[int] | np.ndarray,
+        accepted: Mapping[int, Seq[int]] | None = None,
+    ) -> list[tuple[Sequence, int]]:
         """Take the results of `plan`, the oldest that is outstanding.
 
         `tokens[i]` is what `plan.rows[i]` drew: NOT_FINITE where the row's logits were not finite
         (to be looked at in rows that do not sample too, so that no bad page is cached),
         NO_TOKEN_ALLOWED where everything was banned; any value >= 0 where the row does not sample.
+        `accepted[i]`, for rows with a draft, are the tokens drawn after that one, up to the first
+        that is not the drafted one: K/V of all but the last of a row's tokens are right, the rest
+        is rolled back by not counting as computed.
         Returns the tokens of sequences that had not ended before, in the order of the rows; some
         end with theirs. Requests that fail here are in `take_failed`.
         """
@@ -222,7 +251,7 @@ class Scheduler:
             roster.pool.decref(done.retired)
         drawn: list[tuple[Sequence, int]] = []
         page_size = roster.pool.page_size
-        for entry, row, token in zip(done.entries, plan.rows, values, strict=False):
+        for i, (entry, row, token) in enumerate(zip(done.entries, plan.rows, values, strict=False)):
             entry.num_outstanding -= 1
             sequence = row.sequence
             if sequence.status is Status.FINISHED:
@@ -234,6 +263,9 @@ class Scheduler:
                 roster.failed.append(sequence.request)
                 continue
             sequence.num_committed = row.start + row.num_new
+            if row.draft:
+                drawn += self._commit_draft(entry, row, [token, *(accepted or {}).get(i, ())])
+                continue
             if sequence.num_committed >= (entry.num_chained + 1) * page_size:
                 self._cache_full_pages(entry)
             if row.samples:
@@ -244,6 +276,27 @@ class Scheduler:
             elif sequence.num_committed == len(sequence.tokens):
                 roster.end(entry, "length")  # cache_only: all others sample at their end
         return drawn
+
+    def _commit_draft(
+        self, entry: Entry, row: Row, tokens: list[int]
+    ) -> Iterator[tuple[Sequence, int]]:
+        """Append what a row with a draft drew, until its sequence ends; `commit` a draft's row."""
+        sequence = entry.sequence
+        sequence.num_in_flight -= 1
+        for token in tokens:
+            if token < 0:
+                self._roster.fail(sequence.request, _row_error(sequence, token))
+                self._roster.failed.append(sequence.request)
+                return
+            sequence.tokens.append(token)
+            yield sequence, token
+            self._check_stop(entry, token)
+            if sequence.is_finished:
+                return
+        sequence.num_computed = sequence.num_committed = len(sequence.tokens) - 1
+        self._trim(sequence, sequence.num_computed)
+        if sequence.num_committed >= (entry.num_chained + 1) * self.pool.page_size:
+            self._cache_full_pages(entry)
 
     def _cache_full_pages(self, entry: Entry) -> None:
         """Enter the full committed pages of `entry` into the prefix cache."""

@@ -16,7 +16,7 @@ from benchmarks.gpu import child, ours, peer, stream
 from benchmarks.gpu import scale as scales
 from benchmarks.gpu.context import Context, OutOfTime, buckets_for
 from benchmarks.report import BenchmarkError
-from jaxinfer.batch import Buckets
+from jaxinfer.buckets import Buckets
 
 REQUIREMENTS = Path(command.__file__).parents[1] / "gpu_requirements.txt"
 CEILINGS = {

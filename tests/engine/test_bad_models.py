@@ -62,7 +62,7 @@ def greedy(**fields) -> SamplingParams:
         ({"tensor_parallel_size": 2}, "several devices are not available yet; use 1"),
         ({"attention_impl": "flash9"}, "flash9"),
         ({"max_num_seq": 4}, "no option 'max_num_seq'; did you mean 'max_num_seqs'"),
-        ({"speculative_config": {}}, "speculative decoding is not available yet"),
+        ({"speculative_config": {}}, "method must be one of"),
         ({"quantization": "awq"}, "quantised compute is not available yet"),
         ({"pipeline_parallel_size": 2}, "several devices is not available yet|are not available"),
         ({"block_size": 16}, "block_size is not an option here; use page_size"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxinfer import RecompileError, SamplingParams
-from jaxinfer.batch import Buckets
+from jaxinfer.buckets import Buckets
 from jaxinfer.request import Row, StepPlan
 from jaxinfer.runner import COMPILES
 from tests.helpers import assert_no_leak, tiny_llm

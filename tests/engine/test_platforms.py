@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from jaxinfer import aot, kv_cache, models
-from jaxinfer.batch import Bucket, Layout
+from jaxinfer.batch import Layout
+from jaxinfer.buckets import Bucket
 from jaxinfer.step import step
 from jaxinfer.weights import config_from_hf
 from pallas_kernels import Spec, dispatch

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxinfer import SamplingParams
-from jaxinfer.batch import Bucket
+from jaxinfer.buckets import Bucket
 from jaxinfer.runner import Runner
 from jaxinfer.weights import memory
 from tests.helpers import assert_no_leak, tiny_llm

@@ -125,6 +125,7 @@ def test_the_document(recording, capsys, found):
     assert math.isclose(sum(s["time_s"] for s in document["scopes"]), document["device"]["busy_s"])
     assert [h["phase"] for h in document["host"]] == [
         "plan",
+        "propose",
         "build",
         "dispatch",
         "wait",

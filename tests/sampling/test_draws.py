@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxinfer import sampling
-from jaxinfer.batch import Buckets, Builder
+from jaxinfer.batch import Builder
+from jaxinfer.buckets import Buckets
 from jaxinfer.request import Request, Row, Sequence, StepPlan
 from jaxinfer.sampling_params import SamplingParams
 from tests.sampling import reference
