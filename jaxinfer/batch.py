@@ -7,7 +7,7 @@ writes it with NumPy and `unpack` reads it inside the compiled step. Only build(
 
 import math
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -63,6 +63,10 @@ class SampleParams:
     num_logprobs: Int32[Array, " S"]
     position: Int32[Array, " S"]
     bias_slot: Int32[Array, " S"]
+
+    def at_positions(self, position: Int32[Array, " S"]) -> "SampleParams":
+        """The same rows, drawing tokens of other positions."""
+        return replace(self, position=position)
 
 
 @partial(jax.tree_util.register_dataclass)
@@ -203,9 +207,12 @@ class Builder:
         """Drop what is kept of a finished sequence."""
         self._cache.pop(sequence, None)
 
-    def build(self, plan: StepPlan, bias_slots: Seq[int]) -> HostBatch:
-        """Pad `plan` to its bucket. `bias_slots[i]` is the bias-table row of plan row i."""
-        bucket = self.buckets.choose(plan)
+    def build(
+        self, plan: StepPlan, bias_slots: Seq[int], bucket: Bucket | None = None
+    ) -> HostBatch:
+        """Pad `plan` to its bucket, or to the one given. `bias_slots[i]` is the bias-table row of
+        plan row i."""
+        bucket = bucket or self.buckets.choose(plan)
         layout = self.layouts[bucket]
         packed = np.zeros(layout.size, np.int32)
         f = layout.split(packed)

@@ -62,6 +62,10 @@ class Buckets:
         num_rows, num_tokens = len(plan.rows), plan.num_tokens
         if all(row.num_new == 1 and not row.has_targets for row in plan.rows):
             return self.decode_bucket(num_rows)
+        return self.mixed_bucket(num_tokens, num_rows)
+
+    def mixed_bucket(self, num_tokens: int, num_rows: int) -> Bucket:
+        """The smallest mixed bucket of at least so many tokens and rows."""
         for bucket in self.mixed:
             if num_tokens <= bucket.num_tokens and num_rows <= bucket.num_rows:
                 return bucket

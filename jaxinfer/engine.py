@@ -63,6 +63,8 @@ class Engine:
     ):
         self.scheduler = scheduler
         self.runner = runner
+        self.runners = [runner]
+        """That of a draft model too, where there is one: they compile, warm up and close alike."""
         self.tokenizer = tokenizer
         self.intake = intake
         self.metrics = Metrics()
@@ -407,7 +409,8 @@ class Engine:
         self._in_flight.clear()
         self._states.clear()
         self._changed.clear()
-        self.runner.close()
+        for runner in self.runners:
+            runner.close()
         self._dead = _Closed("it was closed")
 
 

@@ -111,13 +111,14 @@ def make_plan(
     max_num_seqs: int,
     max_num_batched_tokens: int,
     bias_rows: int,
+    draft: Model | None = None,
 ) -> MemoryPlan:
     """Size the page pool.
 
     `num_pages` counts usable pages; one more is added for page 0. Without a size the pool takes
     what `gpu_memory_utilization` of the device leaves after weights, activations and sampler
     state; on a CPU (no limit known) 768 MiB, and never more than max_num_seqs requests of
-    max_model_len can use.
+    max_model_len can use. A `draft` model has weights, and a page for each of the model's.
 
     Raises:
         CapacityError: the model alone does not fit, or not one request of the given max_model_len
@@ -125,15 +126,17 @@ def make_plan(
     """
     config = model.config
     itemsize = jnp.dtype(model.dtype).itemsize
+    both = [model] if draft is None else [model, draft]
     weights = sum(
-        leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(model.shapes())
+        leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree_util.tree_leaves([each.shapes() for each in both])
     )
     width = config.hidden_size * 4 + config.intermediate_size * 3
     width += (config.num_heads + 2 * config.num_kv_heads) * config.head_dim * 2
     activations = max_num_batched_tokens * width * max(itemsize, 4)
     activations += 4 * max_num_seqs * config.vocab_size * 4  # logits, scaled, noise, counts
     sampler = bias_rows * config.vocab_size * 4
-    page_bytes = model.page_bytes(page_size) + page_size * 4
+    page_bytes = sum(each.page_bytes(page_size) + page_size * 4 for each in both)
     limit = None if device_bytes is None else int(device_bytes * request.gpu_memory_utilization)
     fixed = weights + activations + sampler
     if limit is not None and fixed >= limit:

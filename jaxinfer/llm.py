@@ -383,20 +383,19 @@ class LLM:
         """Compile every program the engine can need; seconds it took. `strict` counts from here."""
         self.engine.check_alive()
         show = self._verbose if use_tqdm is None else use_tqdm
-        runner = self.engine.runner
+        runners = self.engine.runners
+        count = sum(runner.num_programs for runner in runners)
         hits = COMPILES.cache_hits
-        with tqdm(
-            total=runner.num_programs, desc="compiling", unit="prog", disable=not show
-        ) as bar:
+        with tqdm(total=count, desc="compiling", unit="prog", disable=not show) as bar:
 
             def note(name: str) -> None:
                 bar.set_postfix_str(name, refresh=False)
                 bar.update()
 
-            seconds = runner.warmup(note)
+            seconds = sum(runner.warmup(note) for runner in runners)
         if show:
             print(
-                f"{runner.num_programs} programs ready in {seconds:.1f} s, "
+                f"{count} programs ready in {seconds:.1f} s, "
                 f"{COMPILES.cache_hits - hits} from the compile cache",
                 file=sys.stderr,
             )
@@ -416,14 +415,16 @@ class LLM:
 
     def get_metrics(self) -> dict[str, float | int]:
         """Counters since the start; times in seconds, percentiles over the last few thousand."""
-        runner, speculator = self.engine.runner, self.engine.speculator
+        speculator = self.engine.speculator
         return {
             **self.engine.metrics.summary(),
             **self.engine.scheduler.metrics(),
             **(speculator.metrics() if speculator else {}),
             "num_compiles": COMPILES.compiles,
             "num_compile_cache_hits": COMPILES.cache_hits,
-            "num_compiles_after_warmup": runner.compiles_after_warmup,
+            "num_compiles_after_warmup": sum(
+                runner.compiles_after_warmup for runner in self.engine.runners
+            ),
         }
 
     def write_timeline(self, path: Any) -> None:

@@ -11,16 +11,18 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer import kv_cache
-from jaxinfer.batch import Builder, HostBatch, StepResult
+from jaxinfer.batch import Builder, HostBatch
 from jaxinfer.buckets import Bucket
 from jaxinfer.errors import ConfigError, RecompileError
 from jaxinfer.models import Model
+from jaxinfer.request import Row, Sequence, StepPlan
 from jaxinfer.step import copy_pages, set_bias_row, step
 
 COPY_PAIRS = 16
@@ -95,7 +97,8 @@ class Runner:
 
     It is made from shapes alone, so that programs compile while the weights load; `begin` brings
     the weights. `run` returns at once; the arrays of its StepResult are ready when the device is
-    done.
+    done. `program`, with its static `options`, is what a step computes: step() or, for a draft
+    model, draft_step().
     """
 
     def __init__(
@@ -107,8 +110,8 @@ class Runner:
         page_size: int,
         max_num_seqs: int,
         bias_rows: int,
-        num_top: int,
-        valid_vocab: int,
+        program: Callable[..., Any] = step,
+        options: dict[str, int],
         strict: bool = False,
     ):
         self.model = model
@@ -133,7 +136,7 @@ class Runner:
         allocator.shutdown(wait=False)
         # One at a time: the first program is waited for first.
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="jaxinfer-compile")
-        self._options = {"num_top": num_top, "valid_vocab": valid_vocab}
+        self._program, self._options = program, options
         self._programs: dict[Bucket, Callable] = {}
         self._early: dict[Bucket, Future[Callable]] = {}
         self._copy: Callable | None = None
@@ -182,7 +185,7 @@ class Runner:
     def _lower(self, bucket: Bucket) -> jax.stages.Lowered:
         layout = self.builder.layouts[bucket]
         function = jax.jit(
-            partial(step, self.model, layout, **self._options), donate_argnames="pages"
+            partial(self._program, self.model, layout, **self._options), donate_argnames="pages"
         )
         packed = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
         return function.lower(self.model.shapes(), *self._state_shapes, packed)
@@ -250,8 +253,9 @@ class Runner:
         batch: HostBatch,
         copies: list[tuple[int, int]],
         bias_rows: list[tuple[int, np.ndarray]],
-    ) -> StepResult:
-        """Copy pages, set bias rows, then dispatch the step; its tokens feed the next step.
+    ) -> Any:
+        """Copy pages, set bias rows, then dispatch the step, whose StepResult (DraftResult of a
+        draft model) comes back; its tokens feed the next step.
 
         Raises RecompileError where strict and something was compiled here after warmup().
         """
@@ -285,3 +289,28 @@ class Runner:
         self._programs.clear()
         self._early.clear()
         self._copy = self._set_bias = None
+
+
+class DraftDevice:
+    """The draft model on its device, as DraftModelProposer asks for it."""
+
+    def __init__(self, runner: Runner):
+        self.runner = runner
+        self._builder = runner.builder
+        self.max_num_tokens = self._builder.buckets.mixed[-1].num_tokens
+
+    def fill(self, rows: list[Row]) -> None:
+        """Compute K/V of the rows' tokens. Their number is within `max_num_tokens`."""
+        plan = StepPlan(0, rows)
+        bucket = self._builder.buckets.mixed_bucket(plan.num_tokens, len(rows))
+        self.runner.run(self._builder.build(plan, [0] * len(rows), bucket), [], [])
+
+    def draft(self, rows: list[Row]) -> list[list[int]]:
+        """The tokens drafted after each row, which has one token. Waits for the device."""
+        batch = self._builder.build(StepPlan(0, rows), [0] * len(rows))
+        result = self.runner.run(batch, [], [])
+        return np.asarray(result.drafts)[: len(rows)].tolist()
+
+    def forget(self, sequence: Sequence) -> None:
+        """`sequence` has ended."""
+        self._builder.forget(sequence)

@@ -7,14 +7,13 @@ import dataclasses
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
-from jaxinfer import kv_cache, models, weights
-from jaxinfer import tokenizer as tokenizers
+from jaxinfer import kv_cache, models, setup_draft, weights
 from jaxinfer.batch import Builder
 from jaxinfer.bias import BiasRows
 from jaxinfer.buckets import Bucket, Buckets
@@ -27,12 +26,10 @@ from jaxinfer.request import Row, StepPlan
 from jaxinfer.runner import Runner, use_compile_cache
 from jaxinfer.scheduling.pages import PagePool
 from jaxinfer.scheduling.scheduler import Scheduler
+from jaxinfer.setup_model import choose_dtype, load_params, open_tokenizer, resolve_ops
 from jaxinfer.speculative.config import SpeculativeConfig
-from jaxinfer.speculative.ngram import NgramProposer
 from jaxinfer.speculative.speculator import Speculator
 from jaxinfer.tokenizer import Tokenizer
-from jaxinfer.weights import memory
-from pallas_kernels import dispatch
 
 _DEFAULTS = {  # platform: (page_size, max_num_seqs, max_num_batched_tokens)
     "cpu": (16, 64, 512),
@@ -64,25 +61,32 @@ def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
         the file or option, the value, and what to do.
     """
     _refuse_contradictions(config)
-    speculative = _speculative(config)
+    speculative = setup_draft.speculative(config)
     verbose = is_verbose(config)
     use_compile_cache(config.compilation_cache_dir)
     platform = jax.default_backend()
-    with weights.open_model(
-        config.model,
-        hf_overrides=config.hf_overrides,
-        revision=config.revision,
-        weights=config.load_format != "dummy",
-    ) as source:
-        model_config = source.config
-        dtype = _dtype(config, model_config, platform)
+    with ExitStack() as stack:
+        source = stack.enter_context(
+            weights.open_model(
+                config.model,
+                hf_overrides=config.hf_overrides,
+                revision=config.revision,
+                weights=config.load_format != "dummy",
+            )
+        )
+        dtype = choose_dtype(config, source.config, platform)
         config = dataclasses.replace(config, page_size=_page_size(config, platform))
-        ops = _ops(config, model_config, dtype, platform)
-        model = models.build(model_config, ops, dtype)
-        tokenizer = _tokenizer(config, source)
-        config = _decide(config, source.name, dtype, platform, model_config, speculative)
-        lanes = _lanes(config, speculative)
-        plan = _memory(config, model, lanes)
+        ops = resolve_ops(config, source.config, dtype, platform)
+        model = models.build(source.config, ops, dtype)
+        tokenizer = open_tokenizer(config, source)
+        draft = None
+        if speculative is not None and speculative.model is not None:
+            draft = stack.enter_context(
+                setup_draft.open_draft(speculative, config, source.config, tokenizer, platform)
+            )
+        config = _decide(config, source.name, dtype, platform, source.config, speculative)
+        lanes = setup_draft.num_lanes(config, speculative)
+        plan = _memory(config, model, lanes, draft.model if draft else None)
         config = dataclasses.replace(
             config,
             max_model_len=plan.max_model_len,
@@ -91,7 +95,11 @@ def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
         )
         if verbose:
             _say(f"attention: {ops.name} ({ops.reason})\n{plan}")
+        pool = PagePool(plan.num_pages, plan.page_size)
         runner = _runner(config, model, tokenizer, plan, lanes)
+        speculator = None
+        if speculative is not None:
+            speculator = setup_draft.speculator(config, speculative, runner, pool, plan, draft)
         first = _first_buckets(
             first_prompts,
             runner.builder.buckets,
@@ -101,54 +109,21 @@ def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
         )
         for bucket in first[:1]:
             runner.compile_early(bucket)
-        params = _params(config, source, model, verbose)
+        params = load_params(config, source, model, verbose)
         for bucket in first[1:]:  # after: the first token does not need it
             runner.compile_early(bucket)
         runner.begin(params)
-    speculator = None if speculative is None else _speculator(speculative, runner)
-    engine = _engine(config, runner, _intake(config, model, tokenizer, plan), plan, speculator)
+        if draft is not None:
+            draft.begin(config, verbose)
+    engine = _engine(
+        config, runner, _intake(config, model, tokenizer, plan), plan, pool, speculator
+    )
+    if draft is not None and draft.runner is not None:
+        engine.runners.append(draft.runner)
     if verbose:
         names = ", ".join(str(b) for b in engine.runner.buckets)
         _say(f"buckets: {names}\n{describe(config)}")
     return Parts(config, model, engine, tokenizer, plan)
-
-
-def _speculative(config: EngineConfig) -> SpeculativeConfig | None:
-    given = config.speculative_config
-    return None if given is None else SpeculativeConfig.from_dict(given)
-
-
-def _lanes(config: EngineConfig, speculative: SpeculativeConfig | None) -> int:
-    """Most rows of a step on the device: sequences, each with its drafted tokens."""
-    rows = config.max_num_seqs or 0
-    return rows if speculative is None else max(rows, speculative.num_speculative_tokens + 1)
-
-
-def _speculator(speculative: SpeculativeConfig, runner: Runner) -> Speculator:
-    proposer = NgramProposer(speculative.prompt_lookup_min, speculative.prompt_lookup_max)
-    return Speculator(
-        speculative,
-        proposer,
-        [bucket.num_rows for bucket in runner.builder.buckets.decode],
-        runner.model.config.vocab_size,
-    )
-
-
-def _ops(
-    config: EngineConfig, model_config: ModelConfig, dtype: str, platform: str
-) -> dispatch.Ops:
-    spec = dispatch.Spec(
-        num_heads=model_config.num_heads,
-        num_kv_heads=model_config.num_kv_heads,
-        head_dim=model_config.head_dim,
-        page_size=config.page_size or 0,
-        dtype=dtype,
-        page_dtype=dtype,
-    )
-    try:
-        return dispatch.resolve(config.attention_impl, platform, spec=spec)
-    except ValueError as error:
-        raise ConfigError(f"attention_impl: {error}", field="attention_impl") from None
 
 
 def _page_size(config: EngineConfig, platform: str) -> int:
@@ -176,27 +151,6 @@ def describe(config: EngineConfig) -> str:
     lines = ["configuration:"]
     lines += [f"  {f.name:<24}{getattr(config, f.name)}" for f in dataclasses.fields(config)]
     return "\n".join(lines)
-
-
-def _dtype(config: EngineConfig, model_config: ModelConfig, platform: str) -> str:
-    if config.dtype != "auto":
-        return config.dtype
-    return "float32" if platform == "cpu" else model_config.dtype
-
-
-def _tokenizer(config: EngineConfig, source: weights.ModelSource) -> Tokenizer | None:
-    if config.skip_tokenizer_init:
-        return None
-    if config.tokenizer is not None:
-        tokenizer = tokenizers.from_directory(config.tokenizer)
-    elif source.gguf_metadata is not None:
-        tokenizer = tokenizers.from_gguf(source.gguf_metadata, source.path)
-    else:
-        tokenizer = tokenizers.from_directory(source.path)
-    if config.chat_template is not None:
-        tokenizer.chat_template = config.chat_template
-    tokenizers.check_vocab(tokenizer, source.config.vocab_size)
-    return tokenizer
 
 
 def _decide(
@@ -241,9 +195,12 @@ def _decide(
     )
 
 
-def _memory(config: EngineConfig, model: Model, lanes: int) -> kv_cache.MemoryPlan:
+def _memory(
+    config: EngineConfig, model: Model, lanes: int, draft: Model | None
+) -> kv_cache.MemoryPlan:
     return kv_cache.make_plan(
         model,
+        draft=draft,
         request=kv_cache.MemoryRequest(
             config.gpu_memory_utilization, config.kv_cache_memory_bytes, config.num_pages
         ),
@@ -254,17 +211,6 @@ def _memory(config: EngineConfig, model: Model, lanes: int) -> kv_cache.MemoryPl
         max_num_batched_tokens=config.max_num_batched_tokens or 0,
         bias_rows=lanes + 1,
     )
-
-
-def _params(config: EngineConfig, source: weights.ModelSource, model: Model, verbose: bool) -> dict:
-    if config.load_format == "dummy":
-        return model.init_params(jax.random.key(config.seed & 0xFFFFFFFF))
-
-    def put(array: np.ndarray, path: str) -> jax.Array:
-        # An array in a mapped file would change with the file, if a CPU took it over as it is.
-        return jax.device_put(memory.owned(array))
-
-    return weights.load(source, model, put, progress=verbose)
 
 
 def _intake(
@@ -302,8 +248,10 @@ def _runner(
         page_size=plan.page_size,
         max_num_seqs=rows,
         bias_rows=rows + 1,
-        num_top=vocab if config.max_logprobs < 0 else min(config.max_logprobs, vocab),
-        valid_vocab=vocab if tokenizer is None else min(vocab, tokenizer.vocab_size),
+        options={
+            "num_top": vocab if config.max_logprobs < 0 else min(config.max_logprobs, vocab),
+            "valid_vocab": vocab if tokenizer is None else min(vocab, tokenizer.vocab_size),
+        },
         strict=config.strict,
     )
 
@@ -339,6 +287,7 @@ def _engine(
     runner: Runner,
     intake: Intake,
     plan: kv_cache.MemoryPlan,
+    pool: PagePool,
     speculator: Speculator | None,
 ) -> Engine:
     rows = config.max_num_seqs or 0
@@ -351,7 +300,7 @@ def _engine(
             enable_prefix_caching=config.enable_prefix_caching,
             max_num_waiting=config.max_num_waiting,
         ),
-        PagePool(plan.num_pages, plan.page_size),
+        pool,
     )
     return Engine(
         scheduler=scheduler,

@@ -51,7 +51,7 @@ def step(
     drawn = sampling.sample(
         logits,
         batch.sample,
-        lambda: _history(page_tokens, batch.ragged.page_table),
+        lambda: row_history(page_tokens, batch.ragged.page_table),
         bias_table,
         valid_vocab,
         broken=broken,
@@ -67,9 +67,10 @@ def step(
     return result, KVPages(layers, page_tokens)
 
 
-def _history(
+def row_history(
     page_tokens: Int32[Array, "P page_size"], page_table: Int32[Array, "S MP"]
 ) -> Int32[Array, "S C"]:
+    """Each row's tokens by position, anything past its length."""
     rows = page_tokens.at[page_table].get(mode="clip")
     return rows.reshape(page_table.shape[0], -1)
 

@@ -48,6 +48,8 @@ class PagePool:
         self.page_size = page_size
         self.refcounts = [0] * num_pages
         """References per page; read-only outside the pool."""
+        self.generations = [0] * num_pages
+        """How often each page was given out; read-only outside the pool."""
         self.keeper: PageKeeper | None = None
         self._free = list(range(num_pages - 1, 0, -1))
 
@@ -87,6 +89,7 @@ class PagePool:
         pages = [self._free.pop() for _ in range(num_pages)]
         for page in pages:
             self.refcounts[page] = 1
+            self.generations[page] += 1
         return pages
 
     def incref(self, pages: Iterable[int]) -> None:

@@ -30,8 +30,6 @@ class NgramProposer:
     most that are compared.
     """
 
-    drafts_at_once = False
-
     def __init__(self, shortest: int, longest: int):
         self.shortest = shortest
         self.longest = longest

@@ -7,12 +7,7 @@ from jaxinfer.request import Row, Sequence
 
 
 class Proposer(Protocol):
-    """Drafts tokens for rows of a decode step. What it drafts decides speed, never the output.
-
-    `drafts_at_once`: drafting costs device time, the same however few tokens a row takes.
-    """
-
-    drafts_at_once: bool
+    """Drafts tokens for rows of a decode step. What it drafts decides speed, never the output."""
 
     def available(self, sequence: Sequence, most: int) -> int:
         """How many tokens (0..most) it could draft after `sequence.tokens`; asked in each step,

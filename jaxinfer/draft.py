@@ -1,0 +1,123 @@
+"""The draft model's programs: drafting k tokens in one loop, and catching up. Pure; runner.py
+compiles them.
+
+The draft's pages have the ids of the target's, so a row's page table serves both, and so do prefix
+hits and preemption. A drafted token is drawn by the engine's sampler with the row's own parameters
+and noise: what the target will draw, if it sees the same logits.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from jaxinfer import sampling
+from jaxinfer.batch import Batch, Layout
+from jaxinfer.kv_cache import KVPages
+from jaxinfer.models import Model
+from jaxinfer.step import row_history
+from pallas_kernels.paged_attention import Ragged
+
+
+@partial(jax.tree_util.register_dataclass)
+@dataclass(frozen=True)
+class DraftResult:
+    """`drafts[s]`: the tokens drafted for row s; none where the program only caught up. `tokens`
+    are those that were handed in: no step of the draft model feeds on the one before."""
+
+    tokens: Int32[Array, " R"]
+    drafts: Int32[Array, "S k"]
+
+
+def draft_step(
+    model: Model,
+    layout: Layout,
+    params: dict,
+    pages: KVPages,
+    bias_table: Float[Array, "B V"],
+    previous: Int32[Array, " R"],
+    packed: Int32[Array, " X"],
+    *,
+    num_tokens: int,
+    valid_vocab: int,
+) -> tuple[DraftResult, KVPages]:
+    """Arguments as step()'s, of the draft model.
+
+    In a decode bucket: `num_tokens` tokens after each row's one token, K/V of the last of them
+    too, so that a row whose whole draft is accepted has one token to compute next time, as any
+    other has. Past the pages that a row has, K/V go to the trash page. In a mixed bucket: K/V of
+    the rows' tokens alone.
+    """
+    batch = layout.unpack(packed)
+    if layout.bucket.decode_only:
+        drafts, pages = _draft(model, params, pages, bias_table, batch, num_tokens, valid_vocab)
+        return DraftResult(previous, drafts), pages
+    written = _write_tokens(pages.tokens, batch.ragged.slots, batch.tokens)
+    _, layers = model.forward(params, pages.layers, batch.tokens, batch.positions, batch.ragged)
+    drafts = jnp.zeros((layout.bucket.num_rows, 0), jnp.int32)
+    return DraftResult(previous, drafts), KVPages(layers, written)
+
+
+def _draft(
+    model: Model,
+    params: dict,
+    pages: KVPages,
+    bias_table: Float[Array, "B V"],
+    batch: Batch,
+    num_tokens: int,
+    valid_vocab: int,
+) -> tuple[Int32[Array, "S k"], KVPages]:
+    rows = batch.tokens.shape[0]
+    table = batch.ragged.page_table
+    size = pages.tokens.shape[1]
+
+    def slots(positions: jax.Array) -> jax.Array:
+        page = table.at[jnp.arange(rows), positions // size].get(mode="fill", fill_value=0)
+        return page * size + positions % size
+
+    def body(i, carry):
+        tokens, drafts, layers, written = carry
+        positions = batch.positions + i
+        at = slots(positions)
+        written = _write_tokens(written, at, tokens)
+        ragged = Ragged(
+            page_table=table,
+            # Padding has no keys: it must not attend to what other rows left behind.
+            kv_lens=jnp.where(batch.ragged.kv_lens > 0, positions + 1, 0),
+            cu_q_lens=batch.ragged.cu_q_lens,
+            num_decode=batch.ragged.num_decode,
+            slots=at,
+            decode_only=True,
+        )
+        hidden, layers = model.forward(params, layers, tokens, positions, ragged)
+
+        def draw() -> jax.Array:
+            return sampling.sample(
+                model.logits(params, hidden),
+                batch.sample.at_positions(positions + 1),
+                lambda: row_history(written, table),
+                bias_table,
+                valid_vocab,
+            )
+
+        drawn = jax.lax.cond(i < num_tokens, draw, lambda: tokens)
+        drafts = drafts.at[:, i].set(drawn, mode="drop")
+        return jnp.maximum(drawn, 0), drafts, layers, written
+
+    start = (
+        batch.tokens,
+        jnp.zeros((rows, num_tokens), jnp.int32),
+        pages.layers,
+        pages.tokens,
+    )
+    _, drafts, layers, written = jax.lax.fori_loop(0, num_tokens + 1, body, start)
+    return drafts, KVPages(layers, written)
+
+
+def _write_tokens(
+    tokens: Int32[Array, "P page_size"], slots: Int32[Array, " T"], new: Int32[Array, " T"]
+) -> Int32[Array, "P page_size"]:
+    size = tokens.shape[1]
+    return tokens.at[slots // size, slots % size].set(new, mode="drop")

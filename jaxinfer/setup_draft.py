@@ -1,0 +1,160 @@
+"""From a `speculative_config` to a Speculator, with its proposer and the draft model, if any."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from jaxinfer import kv_cache, models, weights
+from jaxinfer.batch import Builder
+from jaxinfer.buckets import Buckets
+from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.draft import draft_step
+from jaxinfer.errors import ConfigError, JaxInferError
+from jaxinfer.models import Model
+from jaxinfer.runner import DraftDevice, Runner
+from jaxinfer.scheduling.pages import PagePool
+from jaxinfer.setup_model import choose_dtype, load_params, open_tokenizer, resolve_ops
+from jaxinfer.speculative.config import SpeculativeConfig
+from jaxinfer.speculative.draft_model import DraftModelProposer
+from jaxinfer.speculative.ngram import NgramProposer
+from jaxinfer.speculative.proposer import Proposer
+from jaxinfer.speculative.speculator import Speculator
+from jaxinfer.tokenizer import Tokenizer
+
+
+def speculative(config: EngineConfig) -> SpeculativeConfig | None:
+    """The checked `speculative_config`, None where there is none."""
+    given = config.speculative_config
+    return None if given is None else SpeculativeConfig.from_dict(given)
+
+
+def num_lanes(config: EngineConfig, speculative: SpeculativeConfig | None) -> int:
+    """Most rows of a step on the device: sequences, each with its drafted tokens."""
+    rows = config.max_num_seqs or 0
+    return rows if speculative is None else max(rows, speculative.num_speculative_tokens + 1)
+
+
+@dataclass(slots=True)
+class Draft:
+    """A draft model that is open, and the runner that gets its weights."""
+
+    source: weights.ModelSource
+    model: Model
+    max_model_len: int
+    valid_vocab: int
+    runner: Runner | None = None
+
+    def __enter__(self) -> "Draft":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.source.__exit__(*error)
+
+    def begin(self, config: EngineConfig, verbose: bool) -> None:
+        """Load the weights; then the runner can run."""
+        if self.runner is None:
+            raise AssertionError("speculator() makes the runner first")
+        self.runner.begin(load_params(config, self.source, self.model, verbose))
+
+
+def open_draft(
+    speculative: SpeculativeConfig,
+    config: EngineConfig,
+    target: ModelConfig,
+    tokenizer: Tokenizer | None,
+    platform: str,
+) -> Draft:
+    """Open the draft model, and see that it speaks the target's tokens.
+
+    Raises:
+        ConfigError: it does not load, or has another vocabulary or tokenizer.
+    """
+    try:
+        source = weights.open_model(
+            speculative.model, weights=config.load_format != "dummy"
+        ).__enter__()
+    except JaxInferError as error:
+        raise _wrong(f"model {speculative.model!r} does not load: {error}") from None
+    own = source.config
+    own_tokenizer = None
+    if tokenizer is None:
+        if own.vocab_size != target.vocab_size:
+            raise _wrong(
+                f"model {speculative.model!r} has {own.vocab_size} token ids, the target "
+                f"{target.vocab_size}; a draft needs the target's vocabulary"
+            )
+    else:
+        bare = dataclasses.replace(config, tokenizer=None, chat_template=None)
+        own_tokenizer = open_tokenizer(bare, source)
+        if own_tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab():
+            raise _wrong(
+                f"model {speculative.model!r} has another tokenizer than the target "
+                f"({own_tokenizer.vocab_size} and {tokenizer.vocab_size} ids); name a draft of the "
+                "target's family"
+            )
+    dtype = choose_dtype(config, own, platform)
+    model = models.build(own, resolve_ops(config, own, dtype, platform), dtype)
+    limit = min(own.max_position, speculative.max_model_len or own.max_position)
+    vocab = own.vocab_size if own_tokenizer is None else own_tokenizer.vocab_size
+    return Draft(source, model, limit, vocab)
+
+
+def speculator(
+    config: EngineConfig,
+    speculative: SpeculativeConfig,
+    runner: Runner,
+    pool: PagePool,
+    plan: kv_cache.MemoryPlan,
+    draft: Draft | None,
+) -> Speculator:
+    """The Speculator of an engine whose target runs on `runner`.
+
+    Raises:
+        ConfigError: a draft that the pages or the draft model's positions cannot hold.
+    """
+    length = speculative.num_speculative_tokens
+    if length + 2 > plan.num_tokens:
+        raise _wrong(
+            f"num_speculative_tokens={length} does not fit the page pool of {plan.num_tokens} "
+            "tokens; lower it or give the pages more memory"
+        )
+    buckets = runner.builder.buckets
+    proposer: Proposer
+    if draft is None:
+        proposer = NgramProposer(speculative.prompt_lookup_min, speculative.prompt_lookup_max)
+    else:
+        if draft.max_model_len < plan.max_model_len:
+            raise _wrong(
+                f"the draft model takes {draft.max_model_len} tokens and max_model_len is "
+                f"{plan.max_model_len}; pass max_model_len={draft.max_model_len}, or a draft that "
+                "takes more"
+            )
+        draft.runner = Runner(
+            draft.model,
+            Builder(
+                # A row that drafts has two lanes of the target's at least.
+                Buckets.make(
+                    max(1, buckets.decode[-1].num_rows // 2), config.max_num_batched_tokens or 0
+                ),
+                plan.page_size,
+                math.ceil(plan.max_model_len / plan.page_size),
+            ),
+            num_pages=plan.num_pages,
+            page_size=plan.page_size,
+            max_num_seqs=1,
+            bias_rows=1,
+            program=draft_step,
+            options={"num_tokens": length, "valid_vocab": draft.valid_vocab},
+            strict=config.strict,
+        )
+        proposer = DraftModelProposer(DraftDevice(draft.runner), pool.generations, plan.page_size)
+    return Speculator(
+        speculative,
+        proposer,
+        [bucket.num_rows for bucket in buckets.decode],
+        runner.model.config.vocab_size,
+    )
+
+
+def _wrong(message: str) -> ConfigError:
+    return ConfigError(f"speculative_config: {message}", field="speculative_config")

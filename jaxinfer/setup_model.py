@@ -1,0 +1,64 @@
+"""What a model, or a draft model, gets from an EngineConfig: dtype, kernels, tokenizer, weights."""
+
+import jax
+import numpy as np
+
+from jaxinfer import tokenizer as tokenizers
+from jaxinfer import weights
+from jaxinfer.config import EngineConfig, ModelConfig
+from jaxinfer.errors import ConfigError
+from jaxinfer.models import Model
+from jaxinfer.tokenizer import Tokenizer
+from jaxinfer.weights import memory
+from pallas_kernels import dispatch
+
+
+def choose_dtype(config: EngineConfig, model_config: ModelConfig, platform: str) -> str:
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if platform == "cpu" else model_config.dtype
+
+
+def resolve_ops(
+    config: EngineConfig, model_config: ModelConfig, dtype: str, platform: str
+) -> dispatch.Ops:
+    spec = dispatch.Spec(
+        num_heads=model_config.num_heads,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        page_size=config.page_size or 0,
+        dtype=dtype,
+        page_dtype=dtype,
+    )
+    try:
+        return dispatch.resolve(config.attention_impl, platform, spec=spec)
+    except ValueError as error:
+        raise ConfigError(f"attention_impl: {error}", field="attention_impl") from None
+
+
+def open_tokenizer(config: EngineConfig, source: weights.ModelSource) -> Tokenizer | None:
+    if config.skip_tokenizer_init:
+        return None
+    if config.tokenizer is not None:
+        tokenizer = tokenizers.from_directory(config.tokenizer)
+    elif source.gguf_metadata is not None:
+        tokenizer = tokenizers.from_gguf(source.gguf_metadata, source.path)
+    else:
+        tokenizer = tokenizers.from_directory(source.path)
+    if config.chat_template is not None:
+        tokenizer.chat_template = config.chat_template
+    tokenizers.check_vocab(tokenizer, source.config.vocab_size)
+    return tokenizer
+
+
+def load_params(
+    config: EngineConfig, source: weights.ModelSource, model: Model, verbose: bool
+) -> dict:
+    if config.load_format == "dummy":
+        return model.init_params(jax.random.key(config.seed & 0xFFFFFFFF))
+
+    def put(array: np.ndarray, path: str) -> jax.Array:
+        # An array in a mapped file would change with the file, if a CPU took it over as it is.
+        return jax.device_put(memory.owned(array))
+
+    return weights.load(source, model, put, progress=verbose)
