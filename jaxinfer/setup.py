@@ -100,13 +100,8 @@ def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
         speculator = None
         if speculative is not None:
             speculator = setup_draft.speculator(config, speculative, runner, pool, plan, draft)
-        first = _first_buckets(
-            first_prompts,
-            runner.builder.buckets,
-            _intake(config, model, tokenizer, plan),  # its own: an intake counts its requests
-            max_num_batched_tokens=config.max_num_batched_tokens or 0,
-            max_num_seqs=config.max_num_seqs or 0,
-        )
+        intake = _intake(config, model, tokenizer, plan)
+        first = _first_buckets(first_prompts, runner.builder.buckets, intake, config)
         for bucket in first[:1]:
             runner.compile_early(bucket)
         params = load_params(config, source, model, verbose)
@@ -115,9 +110,9 @@ def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
         runner.begin(params)
         if draft is not None:
             draft.begin(config, verbose)
-    engine = _engine(
-        config, runner, _intake(config, model, tokenizer, plan), plan, pool, speculator
-    )
+    # Not the intake above: one counts its requests.
+    intake = _intake(config, model, tokenizer, plan)
+    engine = _engine(config, runner, intake, plan, pool, speculator)
     if draft is not None and draft.runner is not None:
         engine.runners.append(draft.runner)
     if verbose:
@@ -257,18 +252,13 @@ def _runner(
 
 
 def _first_buckets(
-    prompts: Sequence[Any],
-    buckets: Buckets,
-    intake: Intake,
-    *,
-    max_num_batched_tokens: int,
-    max_num_seqs: int,
+    prompts: Sequence[Any], buckets: Buckets, intake: Intake, config: EngineConfig
 ) -> list[Bucket]:
     """Those of the first step, which takes in what it can of `prompts`, and of the step after."""
     nobody: Any = None
     rows: list[Row] = []
-    room = max_num_batched_tokens
-    for prompt in prompts[:max_num_seqs]:
+    room = config.max_num_batched_tokens or 0
+    for prompt in prompts[: config.max_num_seqs]:
         try:
             request = intake.request(prompt, request_id="first")
         except InvalidRequestError:

@@ -76,26 +76,25 @@ def open_draft(
     except JaxInferError as error:
         raise _wrong(f"model {speculative.model!r} does not load: {error}") from None
     own = source.config
-    own_tokenizer = None
-    if tokenizer is None:
-        if own.vocab_size != target.vocab_size:
+    bare = dataclasses.replace(config, tokenizer=None, chat_template=None)
+    own_tokenizer = open_tokenizer(bare, source)
+    if tokenizer is None or own_tokenizer is None:
+        vocab = own.vocab_size
+        if vocab != target.vocab_size:
             raise _wrong(
-                f"model {speculative.model!r} has {own.vocab_size} token ids, the target "
+                f"model {speculative.model!r} has {vocab} token ids, the target "
                 f"{target.vocab_size}; a draft needs the target's vocabulary"
             )
     else:
-        bare = dataclasses.replace(config, tokenizer=None, chat_template=None)
-        own_tokenizer = open_tokenizer(bare, source)
+        vocab = own_tokenizer.vocab_size
         if own_tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab():
             raise _wrong(
                 f"model {speculative.model!r} has another tokenizer than the target "
-                f"({own_tokenizer.vocab_size} and {tokenizer.vocab_size} ids); name a draft of the "
-                "target's family"
+                f"({vocab} and {tokenizer.vocab_size} ids); name a draft of the target's family"
             )
     dtype = choose_dtype(config, own, platform)
     model = models.build(own, resolve_ops(config, own, dtype, platform), dtype)
     limit = min(own.max_position, speculative.max_model_len or own.max_position)
-    vocab = own.vocab_size if own_tokenizer is None else own_tokenizer.vocab_size
     return Draft(source, model, limit, vocab)
 
 

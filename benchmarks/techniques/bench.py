@@ -171,7 +171,7 @@ class Bench:
             **self.model_options,
             **options,
         }
-        key = tuple(sorted(options.items()))
+        key = tuple(sorted((name, repr(value)) for name, value in options.items()))
         llm = self._engines.pop(key, None)
         if llm is None:
             while len(self._engines) >= self.size(_MOST_ENGINES, 5):
@@ -184,7 +184,7 @@ class Bench:
 
     def _close(self, key: tuple) -> None:
         llm = self._engines.pop(key)
-        self._compiles += llm.engine.runner.compiles_after_warmup
+        self._compiles += _compiles_in_steps(llm)
         llm.close()
 
     @property
@@ -194,7 +194,7 @@ class Bench:
 
     def _compiles_in_steps(self) -> int:
         """Those that the open engines count themselves."""
-        return sum(llm.engine.runner.compiles_after_warmup for llm in self._engines.values())
+        return sum(_compiles_in_steps(llm) for llm in self._engines.values())
 
     def close(self) -> None:
         """End every engine."""
@@ -233,6 +233,10 @@ class Bench:
                 with trace(self._profile / name / side):
                     run(repeats)
         return Measured(metric, *results, more_is_better=more_is_better)
+
+
+def _compiles_in_steps(llm: LLM) -> int:
+    return sum(runner.compiles_after_warmup for runner in llm.engine.runners)
 
 
 def prompts(llm: LLM, lengths: Iterable[int], *seed: int) -> list[list[int]]:

@@ -9,6 +9,7 @@ from benchmarks.techniques import (
     overlap,
     paged_attention,
     prompt_caching,
+    speculation,
 )
 from benchmarks.techniques.bench import Technique
 
@@ -21,4 +22,5 @@ TECHNIQUES: tuple[Technique, ...] = (
     prompt_caching.TECHNIQUE,
     overlap.TECHNIQUE,
     chunked_prefill.TECHNIQUE,
+    speculation.TECHNIQUE,
 )
