@@ -17,7 +17,7 @@ import numpy as np
 from jaxinfer.batch import Builder, HostBatch, StepResult
 from jaxinfer.bias import BiasRows
 from jaxinfer.errors import EngineDeadError, InvalidRequestError, JaxInferError
-from jaxinfer.intake import Intake
+from jaxinfer.intake import Intake, check_id
 from jaxinfer.metrics import Metrics, StepStats
 from jaxinfer.outputs import LogprobReader, RequestState
 from jaxinfer.request import Request, RequestOutput, Sequence, StepPlan
@@ -104,11 +104,7 @@ class Engine:
         if request_id is None:
             request_id = str(self._next_id)
             self._next_id += 1
-        if not isinstance(request_id, str) or not request_id:
-            raise InvalidRequestError(
-                f"request_id must be a non-empty string; got {request_id!r:.100}",
-                param="request_id",
-            )
+        check_id(request_id)
         if request_id in self._states:
             raise InvalidRequestError(
                 f"request_id {request_id!r:.100} is in use; ids must be unique", param="request_id"
@@ -166,8 +162,7 @@ class Engine:
         self.check_alive()
         number = self.metrics.num_steps
         with self._fatal_faults(), jax.profiler.StepTraceAnnotation("step", step_num=number):
-            wait = self._would_wait_for_compile() or self._would_wait_for_draft()
-            dispatched = not wait and self._dispatch()
+            dispatched = not self._must_wait() and self._dispatch()
             if len(self._in_flight) >= self._depth or (self._in_flight and not dispatched):
                 self._collect(self._in_flight.popleft())
             outputs = self._take_outputs()
@@ -189,20 +184,18 @@ class Engine:
                 f"the engine failed in a step: {error}; every request in it is lost, make a new LLM"
             ) from error
 
-    def _would_wait_for_compile(self) -> bool:
-        """A step is in flight and the one that decodes its rows is not compiled: on a cold engine
-        the tokens that are there should not wait for it.
+    def _must_wait(self) -> bool:
+        """Whether the tokens in flight should come back before the next step is made: on a cold
+        engine they should not wait for the program that decodes their rows, and drafts of what
+        follows them need them.
         """
         if not self._in_flight:
             return False
-        rows = len(self._in_flight[-1].plan.rows)
-        return not self.runner.is_compiled(self._builder.buckets.decode_bucket(rows))
-
-    def _would_wait_for_draft(self) -> bool:
-        """The next step is better made when the tokens in flight are known, and drafts of them."""
-        if self.speculator is None or not self._in_flight:
-            return False
-        return self.speculator.should_wait(self._in_flight[-1].plan)
+        plan = self._in_flight[-1].plan
+        bucket = self._builder.buckets.decode_bucket(len(plan.rows))
+        if not self.runner.is_compiled(bucket):
+            return True
+        return self.speculator is not None and self.speculator.should_wait(plan)
 
     def _dispatch(self) -> bool:
         """Plan, build and start a step; whether there was one to start."""
@@ -322,25 +315,21 @@ class Engine:
     def _add_tokens(
         self, sequence: Sequence, tokens: list[int], lane: int, reader: LogprobReader, now: float
     ) -> int:
-        """Hand a sequence's new tokens to its output, until a stop string is complete; how many
-        were. `lane` is that of the first."""
+        """Hand a sequence's new tokens, the first drawn by `lane`, to its output, which may end it
+        with a stop string; how many were taken."""
         request = sequence.request
         state = self._states.get(request.request_id)
         if state is None:
             return 0
         self._changed[request.request_id] = None
-        for i, token in enumerate(tokens):
+        count, stop = state.add_tokens(sequence, tokens, lane, reader)
+        for _ in range(count):
             self.metrics.note_token(request, now)
-            ends = i + 1 == len(tokens) and sequence.finish_reason == "stop"
-            stop = state.add_token(sequence, token, lane + i, reader, is_stop_token=ends)
-            if stop is None:
-                continue
-            if sequence.is_finished:  # by a token after it, or by the one that completed it
-                sequence.finish_reason, sequence.stop_reason = "stop", stop
-            else:
-                self.scheduler.finish(sequence, "stop", stop)
-            return i + 1
-        return len(tokens)
+        if stop is not None and sequence.is_finished:  # by a token after it, or by the same
+            sequence.finish_reason, sequence.stop_reason = "stop", stop
+        elif stop is not None:
+            self.scheduler.finish(sequence, "stop", stop)
+        return count
 
     def _take_outputs(self) -> list[RequestOutput]:
         changed, self._changed = self._changed, {}

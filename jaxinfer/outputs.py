@@ -133,7 +133,19 @@ class RequestState:
         for position, entry in reader.prompt(row, offset, count):
             self.prompt_logprobs[position] = entry
 
-    def add_token(
+    def add_tokens(
+        self, sequence: Sequence, tokens: list[int], lane: int, reader: LogprobReader
+    ) -> tuple[int, str | None]:
+        """Record tokens drawn by `lane` and those after it, up to one that completes a stop string;
+        how many, and that string. A stop token, if any, is the last."""
+        for i, token in enumerate(tokens):
+            ends = i + 1 == len(tokens) and sequence.finish_reason == "stop"
+            stop = self._add_token(sequence, token, lane + i, reader, is_stop_token=ends)
+            if stop is not None:
+                return i + 1, stop
+        return len(tokens), None
+
+    def _add_token(
         self,
         sequence: Sequence,
         token: int,
