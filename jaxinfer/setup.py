@@ -101,7 +101,7 @@ def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
         if speculative is not None:
             speculator = setup_draft.speculator(config, speculative, runner, pool, plan, draft)
         intake = _intake(config, model, tokenizer, plan)
-        first = _first_buckets(first_prompts, runner.builder.buckets, intake, config)
+        first = _first_buckets(first_prompts, runner.builder.buckets, intake, config, speculative)
         for bucket in first[:1]:
             runner.compile_early(bucket)
         params = load_params(config, source, model, verbose)
@@ -252,9 +252,14 @@ def _runner(
 
 
 def _first_buckets(
-    prompts: Sequence[Any], buckets: Buckets, intake: Intake, config: EngineConfig
+    prompts: Sequence[Any],
+    buckets: Buckets,
+    intake: Intake,
+    config: EngineConfig,
+    speculative: SpeculativeConfig | None,
 ) -> list[Bucket]:
-    """Those of the first step, which takes in what it can of `prompts`, and of the step after."""
+    """Those of the first step, which takes in what it can of `prompts`, of the step after, and of
+    one that verifies a draft of each row."""
     nobody: Any = None
     rows: list[Row] = []
     room = config.max_num_batched_tokens or 0
@@ -269,7 +274,11 @@ def _first_buckets(
         room -= count
     if not rows:
         return []
-    return [buckets.choose(StepPlan(0, rows)), buckets.decode_bucket(len(rows))]
+    found = [buckets.choose(StepPlan(0, rows)), buckets.decode_bucket(len(rows))]
+    if speculative is not None:
+        lanes = len(rows) * (speculative.num_speculative_tokens + 1)
+        found.append(buckets.decode_bucket(min(lanes, buckets.decode[-1].num_rows)))
+    return found
 
 
 def _engine(
