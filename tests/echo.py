@@ -2,6 +2,7 @@
 
 The next token is a function of all tokens that a row reads back through its page table. A row that
 reads a slot nobody wrote, or another sequence's, or that writes a page others share, is found out.
+A drafted token is a row like any other: what it left in a slot shows in every draw that reads it.
 """
 
 from collections import Counter
@@ -34,7 +35,8 @@ def reference(prompt: Seq[int], num_tokens: int, vocab: int, index: int = 0) -> 
 class EchoDevice:
     """Runs StepPlans in the order given, as a device does; `pool` only says who shares a page.
 
-    `poisoned` are (request id, position) whose K/V come out NaN; who reads them draws NOT_FINITE.
+    `poisoned` are (request id, position) whose K/V come out NaN, as do those of tokens outside the
+    vocabulary, which only drafts have; who reads them draws NOT_FINITE.
     """
 
     def __init__(self, pool: PagePool, vocab: int = 97):
@@ -60,8 +62,8 @@ class EchoDevice:
                 assert num_holders == 1, f"page {page} is shared and written"
                 assert (page, offset) not in written, f"page {page} is written by two rows"
                 written.add((page, offset))
-                is_bad = token < 0 or (row.sequence.request.request_id, position) in self.poisoned
-                self.pages[page, offset] = NAN if is_bad else token
+                is_bad = (row.sequence.request.request_id, position) in self.poisoned
+                self.pages[page, offset] = token if 0 <= token < self.vocab and not is_bad else NAN
         # All writes come before all reads, as in a device step.
         self.last = [self._draw(plan, row) for row in plan.rows]
         return list(self.last)
@@ -79,6 +81,10 @@ class EchoDevice:
         return page, position % self.pool.page_size
 
     def _new_tokens(self, row: Row) -> list[int]:
+        if row.draft:
+            assert row.num_new == 1 and row.fed_from is None and row.samples
+            assert row.start == len(row.sequence.tokens) + len(row.draft) - 1
+            return [row.draft[-1]]
         known = row.sequence.tokens[row.start : row.kv_len]
         if row.fed_from is None:
             assert len(known) == row.num_new, "a row needs a token that the host does not know"

@@ -69,7 +69,7 @@ class Planner:
             if length < 1 or not row.samples:
                 continue
             grow = pool.num_pages_for(row.kv_len + length) - len(row.pages)
-            if grow > spare:
+            if grow and grow > spare:  # room in the last page is free
                 continue
             spare -= grow
             if grow:

@@ -285,18 +285,17 @@ class Scheduler:
         sequence.num_in_flight -= 1
         for token in tokens:
             if token < 0:
-                self._roster.fail(sequence.request, _row_error(sequence, token))
-                self._roster.failed.append(sequence.request)
-                return
+                break  # left to the next step: a stop string in what came before may end it first
+            # K/V of the tokens so far are right: cached before this one may end the sequence.
+            sequence.num_computed = sequence.num_committed = len(sequence.tokens)
+            if sequence.num_committed >= (entry.num_chained + 1) * self.pool.page_size:
+                self._cache_full_pages(entry)
             sequence.tokens.append(token)
             yield sequence, token
             self._check_stop(entry, token)
             if sequence.is_finished:
                 return
-        sequence.num_computed = sequence.num_committed = len(sequence.tokens) - 1
         self._trim(sequence, sequence.num_computed)
-        if sequence.num_committed >= (entry.num_chained + 1) * self.pool.page_size:
-            self._cache_full_pages(entry)
 
     def _cache_full_pages(self, entry: Entry) -> None:
         """Enter the full committed pages of `entry` into the prefix cache."""

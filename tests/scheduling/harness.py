@@ -1,23 +1,50 @@
 """A scheduler, an echo device and a clock, and what must come out of them."""
 
-from collections import deque
+import random
+from collections import defaultdict, deque
+from dataclasses import dataclass
 from typing import Any
 
 from jaxinfer.config import SchedulerConfig
 from jaxinfer.errors import CapacityError, InvalidRequestError, NumericalError
-from jaxinfer.request import Request, Sequence, StepPlan
+from jaxinfer.request import Request, Row, Sequence, StepPlan
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduling.pages import PagePool
 from jaxinfer.scheduling.scheduler import NO_TOKEN_ALLOWED, Scheduler
+from jaxinfer.speculative.verify import emitted
 from tests.echo import EchoDevice, reference
 
 VOCAB = 5
+MAX_DRAFT = 6
+
+
+@dataclass
+class Pending:
+    """A plan on the device: what each lane drew, and the first lane of each row."""
+
+    plan: StepPlan
+    tokens: list[int]
+    first_lane: list[int]
+
+    def drawn(self, i: int) -> list[int]:
+        """By row i: its own draw, then that after each drafted token."""
+        first = self.first_lane[i]
+        return self.tokens[first : first + 1 + len(self.plan.rows[i].draft)]
 
 
 class Harness:
-    """Drives a Scheduler as an engine does, with up to two plans outstanding, and checks it."""
+    """Drives a Scheduler as an engine does, with up to two plans outstanding, and checks it.
 
-    def __init__(self, num_pages: int = 32, page_size: int = 4, **config: Any):
+    `drafts` decides what is drafted, at which it is right now and then; None: nothing is.
+    """
+
+    def __init__(
+        self,
+        num_pages: int = 32,
+        page_size: int = 4,
+        drafts: random.Random | None = None,
+        **config: Any,
+    ):
         defaults = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "max_model_len": 32}
         self.now = 0.0
         self.pool = PagePool(num_pages, page_size)
@@ -25,7 +52,10 @@ class Harness:
         self.scheduler = Scheduler(self.config, self.pool, clock=lambda: self.now)
         self.device = EchoDevice(self.pool, VOCAB)
         self.requests: list[Request] = []
-        self.pending: deque[tuple[StepPlan, list[int]]] = deque()
+        self.pending: deque[Pending] = deque()
+        self.drafts = drafts
+        self.num_accepted = 0
+        self.num_rejected = 0
         self.banned: set[str] = set()
         self.ended: dict[Sequence, str] = {}
 
@@ -44,23 +74,56 @@ class Harness:
         return request
 
     def plan(self) -> StepPlan | None:
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self._draft_lengths if self.drafts else None)
         if plan is not None:
             for row in plan.rows:
-                assert row.num_generated < row.sequence.request.max_tokens or not row.samples
-                assert row.kv_len < self.config.max_model_len, "a row for nothing"
-            self.pending.append((plan, self.device.run(plan)))
+                request = row.sequence.request
+                assert row.num_generated + row.max_draft < request.max_tokens or not row.samples
+                assert row.kv_len + row.max_draft < self.config.max_model_len, "a row for nothing"
+                assert row.samples or not row.max_draft
+            if any(row.max_draft for row in plan.rows):
+                self.check()
+                self.scheduler.set_drafts(plan, [self._draft(row) for row in plan.rows])
+            lanes, first_lane = plan.lanes()
+            self.pending.append(Pending(plan, self.device.run(lanes), first_lane))
         self.check()
         return plan
 
+    def _draft_lengths(self, sequences: list[Sequence]) -> list[int]:
+        assert self.drafts is not None
+        return [self.drafts.choice([0, 1, 2, 4, MAX_DRAFT]) for _ in sequences]
+
+    def _draft(self, row: Row) -> list[int]:
+        """The true continuation, with an error in it or none; of any length, nonsense included."""
+        assert self.drafts is not None
+        length = self.drafts.choice([0, row.max_draft, row.max_draft, MAX_DRAFT + 2])
+        draft = reference(row.sequence.tokens, length, VOCAB, row.sequence.index)
+        if length and self.drafts.random() < 0.7:
+            draft[self.drafts.randrange(length)] = self.drafts.randrange(VOCAB + 1)
+        return draft
+
     def commit(self) -> None:
-        plan, tokens = self.pending.popleft()
+        done = self.pending.popleft()
+        plan = done.plan
+        firsts = [done.drawn(i)[0] for i in range(len(plan.rows))]
+        accepted = {}
         for i, row in enumerate(plan.rows):
-            if row.samples and tokens[i] >= 0 and row.sequence.request.request_id in self.banned:
-                tokens[i] = NO_TOKEN_ALLOWED
-        for sequence, token in self.scheduler.commit(plan, tokens):
+            drawn = done.drawn(i)
+            if row.sequence.request.request_id in self.banned and row.samples:
+                # Of a row with a draft only what comes after drafted tokens, which is the rarer.
+                first = 1 if row.draft else 0
+                drawn[first:] = [t if t < 0 else NO_TOKEN_ALLOWED for t in drawn[first:]]
+                firsts[i] = drawn[0]
+            if row.draft:
+                accepted[i] = emitted(row.draft, drawn)[1:]
+                self.num_accepted += len(accepted[i])
+                self.num_rejected += len(row.draft) - len(accepted[i])
+        news: defaultdict[Sequence, list[int]] = defaultdict(list)
+        for sequence, token in self.scheduler.commit(plan, firsts, accepted):
             assert sequence not in self.ended, "a token for a sequence that has ended"
-            assert sequence.tokens[-1] == token
+            news[sequence].append(token)
+        for sequence, tokens in news.items():
+            assert sequence.tokens[-len(tokens) :] == tokens
         self.check()
 
     def step(self) -> None:
@@ -70,14 +133,19 @@ class Harness:
         if self.plan() is not None:
             self.commit()
 
+    def advance(self, overlap: bool = True) -> None:
+        """Plan the next step while one is in flight; now and then wait for it, to draft."""
+        waits = self.pending and self.drafts is not None and self.drafts.random() < 0.5
+        planned = len(self.pending) < 2 and not waits and self.plan()
+        if self.pending and (not overlap or not planned or len(self.pending) == 2):
+            self.commit()
+
     def drain(self, overlap: bool = False, max_steps: int = 3000) -> None:
         """Run until everything has ended."""
         for _ in range(max_steps):
             if not self.scheduler.has_work:
                 return
-            planned = len(self.pending) < 2 and self.plan()
-            if self.pending and (not overlap or not planned or len(self.pending) == 2):
-                self.commit()
+            self.advance(overlap)
         raise AssertionError(f"work is left after {max_steps} steps")
 
     # -- what must hold ---------------------------------------------------------------------------
@@ -112,9 +180,9 @@ class Harness:
 
         A page that was copied is left out: the copy comes before all that is planned later.
         """
-        copied = {source for plan, _ in self.pending for source, _ in plan.copies}
-        for plan, _ in self.pending:
-            for row in plan.rows:
+        copied = {source for done in self.pending for source, _ in done.plan.copies}
+        for done in self.pending:
+            for row in done.plan.rows:
                 for page in row.pages:
                     assert page in copied or self.pool.refcount(page), f"page {page} went too early"
 

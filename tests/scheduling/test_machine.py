@@ -1,5 +1,7 @@
 """Random lives of a scheduler against the echo device: the right tokens, once, and no page lost."""
 
+import random
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -41,11 +43,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "priority"]),
         caching=st.sampled_from([True, True, True, False]),
         max_wait_steps=st.sampled_from([1, 3, 1000]),
+        drafts=st.none() | st.integers(0, 2**32),
     )
-    def start(self, num_pages, page_size, max_num_seqs, spare_budget, caching, **config):
+    def start(self, num_pages, page_size, max_num_seqs, spare_budget, caching, drafts, **config):
         self.h = Harness(
             num_pages=num_pages,
             page_size=page_size,
+            drafts=None if drafts is None else random.Random(drafts),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs + spare_budget,
             max_model_len=24,
@@ -89,9 +93,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(count=st.integers(2, 12))
     def steps_with_overlap(self, count):
         for _ in range(count):
-            planned = len(self.h.pending) < 2 and self.h.plan()
-            if self.h.pending and (not planned or len(self.h.pending) == 2):
-                self.h.commit()
+            self.h.advance()
 
     @precondition(lambda self: self.h.pending)
     @rule()
