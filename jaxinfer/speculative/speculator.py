@@ -156,7 +156,7 @@ class Speculator:
 
     def propose(self, plan: StepPlan) -> list[list[int]]:
         """The drafts of a plan's rows; what is no token id ends a draft."""
-        drafts = self.proposer.propose(plan.rows)
+        drafts = self.proposer.propose(plan.rows)[: len(plan.rows)]
         return [self._ids(draft) for draft in drafts] + [[]] * (len(plan.rows) - len(drafts))
 
     def _ids(self, draft: Seq[int]) -> list[int]:
