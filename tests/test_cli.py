@@ -191,6 +191,21 @@ def test_overrides_are_json(run, texts):
     assert "hf_overrides must be a dict" in err
 
 
+def test_speculative_config_is_json(run, texts):
+    config = '{"method": "ngram", "num_speculative_tokens": 3}'
+    flag = "--speculative-config"
+    assert run("generate", "one", flag, config, *EIGHT) == (0, texts["one"] + "\n", "")
+    for wrong, message in (
+        ('{"method": "eagle", "num_speculative_tokens": 3}', "method must be one of"),
+        ('{"method": "ngram", "num_speculative_tokens": 0}', "num_speculative_tokens must be"),
+        ("[]", "must be a dictionary"),
+    ):
+        status, out, err = run("generate", "one", flag, wrong)
+        assert (status, out) == (2, "")
+        assert "speculative_config" in err and message in err and "Traceback" not in err
+    assert run("generate", "one", flag, "{")[0] == 2
+
+
 def test_verbose_is_told_on_standard_error(run, texts):
     status, out, err = run("generate", "one", "--verbose", "True", *EIGHT)
     assert (status, out) == (0, texts["one"] + "\n")
