@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxinfer import LLM, RequestOutput, SamplingParams
-from tests.helpers import assert_no_leak, greedy, tiny_llm
+from tests.helpers import assert_no_leak, draws, greedy, tiny_llm
 from tests.speculative import forced
 from tests.speculative.forced import CONFIG, LENGTH, Texts, checked, force
 
@@ -61,6 +61,9 @@ def make_cases(llm: LLM) -> list[Case]:
         Case(name, ids(200 + i, 5 + 7 * i), greedy(**{"max_tokens": TOKENS, **f}))
         for i, (name, f) in enumerate(fields.items())
     ]
+    # A prompt of one token is a decode row from the start, and drafts at once.
+    cases.append(Case("short prompt", [77], greedy(max_tokens=TOKENS)))
+    cases.append(Case("random short prompt", [78], draws(max_tokens=TOKENS, seed=11)))
     decode = llm.get_tokenizer().decode
     for i, name in enumerate(STOPPING):
         prompt = ids(300 + i, 9)
@@ -70,9 +73,21 @@ def make_cases(llm: LLM) -> list[Case]:
     return cases
 
 
+def at_first_use(text: list[int]) -> int:
+    """A late token that is not among those before it: that one is banned so long changes none."""
+    return next(at for at in range(13, 5, -1) if text[at] not in text[:at])
+
+
 STOPPING: dict[str, Callable[[list[int], Callable[[list[int]], str]], dict]] = {
     "stop id": lambda text, decode: {"stop_token_ids": [text[9]]},
-    "stop id after min_tokens": lambda text, _: {"stop_token_ids": [text[2]], "min_tokens": 7},
+    "stop id after min_tokens": lambda text, _: {
+        "stop_token_ids": [text[at_first_use(text)]],
+        "min_tokens": at_first_use(text),
+    },
+    "stop id before min_tokens": lambda text, _: {
+        "stop_token_ids": [text[at_first_use(text)]],
+        "min_tokens": at_first_use(text) + 1,
+    },
     "stop string": lambda text, decode: {"stop": [decode(text[6:8])]},
     "stop string kept": lambda text, decode: {
         "stop": [decode(text[3:6])],
@@ -113,7 +128,12 @@ def test_the_cases_run_into_their_stops_and_bans(plain, cases):
     ends = {c.name: c.plain.outputs[0] for c in cases}
     assert ends["stop id"].finish_reason == ends["stop string"].finish_reason == "stop"
     assert 2 <= len(ends["stop id"].token_ids) <= 10
-    assert len(ends["stop id after min_tokens"].token_ids) >= 7
+    after, before = ends["stop id after min_tokens"], ends["stop id before min_tokens"]
+    assert after.finish_reason == "stop" and 7 <= len(after.token_ids) <= 14
+    by_name = {c.name: c for c in cases}
+    text = written(plain, by_name["stop id before min_tokens"].prompt)
+    at = at_first_use(text)
+    assert before.token_ids[:at] == text[:at] and before.token_ids[at] != text[at]
     assert 2 <= len(ends["stop string"].token_ids) <= 8
     for case in cases:
         if case.name == "bad word":
@@ -237,6 +257,19 @@ def test_engines(tiny, cases, texts, options, batch):
             assert_no_leak(llm)
         few = options.get("num_pages", 200) < 100
         assert (llm.get_metrics()["num_preemptions"] > 0) == few
+
+
+@pytest.mark.parametrize("length", [1, 12])
+def test_one_row_with_more_lanes_than_sequences(tiny, cases, texts, length):
+    config = {**CONFIG, "num_speculative_tokens": length}
+    options = {"max_num_seqs": 1, "max_num_batched_tokens": 32, "speculative_config": config}
+    with spec_llm(tiny, **options) as llm:
+        speculator = force(llm, forced.oracle(texts))
+        run(llm, cases, 4)
+        assert speculator.stats.acceptance_rate == 1.0
+        assert len(speculator.stats.num_accepted_tokens_per_pos) == length
+        assert speculator.max_lanes == length + 1
+        assert_no_leak(llm)
 
 
 def test_prefix_hits(llm, cases, texts):

@@ -150,6 +150,33 @@ def test_a_stop_string_before_what_would_fail(llm, plain, request, kind):
     assert speculator.stats.num_accepted_tokens > 0
 
 
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_ctrl_c_at_a_step_with_drafts(llm, plain, monkeypatch, step):
+    """Raised in the runner: the plan has pages for its drafts and never ran."""
+    prompts = [ids(70, 9), ids(71, 12)]
+    ask = greedy(max_tokens=24)
+    texts = told(plain, prompts, ask)
+    speculator = force(llm, forced.oracle(texts))
+    runner = llm.engine.runner
+    real, count = runner.run, [0]
+
+    def run(*args):
+        count[0] += 1
+        if count[0] == step + 1:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "run", run)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(prompts, ask)
+    assert count[0] == step + 1 and not llm.engine.has_work
+    assert_no_leak(llm)
+    outputs = llm.generate(prompts, ask)
+    assert [o.outputs[0].token_ids for o in outputs] == list(texts.values())
+    assert speculator.stats.num_drafts > 0
+
+
 # -- compiles, counts ------------------------------------------------------------------
 
 

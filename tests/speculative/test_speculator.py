@@ -16,8 +16,6 @@ VOCAB = 50
 class FakeProposer:
     """Can draft what it is told, and drafts what it is told."""
 
-    drafts_at_once = False
-
     def __init__(self, can: int = 100, drafts: list[list[int]] | None = None):
         self.can = can
         self.drafts = drafts
@@ -131,6 +129,21 @@ def test_a_size_that_was_never_measured_is_tried_and_then_believed():
     for _ in range(3):
         made.costs.add((8, 1), 1.0)
     assert made.lengths(one) == [4]
+
+
+def test_plain_steps_are_measured_again_when_their_cost_is_stale():
+    """A sequence that always drafts would never learn that plain steps have become cheap."""
+    made = measured({(1, 0): 1.0})
+    one = sequences(1)
+    for _ in range(module._STALE + 1):
+        made.costs.add((8, 1), 1.5)
+        if made.lengths(one) == [0]:
+            break
+    assert made.costs.seconds((1, 0)) is None
+    for _ in range(module._FIRST):
+        assert made.lengths(one) == [0]
+        made.costs.add((1, 0), 0.2)
+    assert made.lengths(one) == [0]  # a plain step costs an eighth of one with a draft
 
 
 @pytest.mark.parametrize("cost", [1.0, 1.5, 2.0, 2.5, 3.0, 4.0])
