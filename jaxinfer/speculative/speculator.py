@@ -123,7 +123,7 @@ class Speculator:
         if plain is None or self.costs.count((base, 0)) < _FIRST:
             return none
         most = self.config.num_speculative_tokens
-        available = [self.proposer.available(sequence, most) for sequence in sequences]
+        available = [self._available(sequence, most) for sequence in sequences]
         num_wanted = sum(available)
         if not num_wanted:
             return none
@@ -139,6 +139,11 @@ class Speculator:
             if num_rows + num_wanted <= bucket:
                 break
         return best
+
+    def _available(self, sequence: Sequence, most: int) -> int:
+        """What can be drafted and used: a verified draft gives one token more than it has."""
+        room = sequence.request.max_tokens - sequence.num_generated - 1
+        return self.proposer.available(sequence, min(most, room)) if room > 0 else 0
 
     def _cost(self, bucket: int, base: int, plain: float) -> float:
         """Measured; where it never was, that of a plain step of as many rows, or of this one."""

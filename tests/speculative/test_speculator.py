@@ -202,6 +202,20 @@ def test_nothing_available_nothing_drafted():
     assert made.lengths([]) == []
 
 
+def test_no_more_than_a_request_may_still_generate():
+    """Of max_tokens 100; for more no step waits, and lanes go to who can use them."""
+    made = measured({(1, 0): 1.0, (8, 0): 1.0, (16, 8): 9.0})
+    one, other = sequences(2)
+    for left, want in ((1, 0), (2, 1), (3, 2), (5, 4), (6, 4)):
+        one.tokens = [1] * (2 + 100 - left)
+        assert made.lengths([one]) == [want]
+        assert made.should_wait(plan_of([one])) == (want > 0)
+    one.tokens = [1] * 98
+    one.num_in_flight = 1  # counts: the step to be planned is the one after
+    assert made.lengths([one]) == [2]
+    assert made.lengths([one, other]) == [2, 4]
+
+
 def test_a_larger_bucket_is_taken_only_where_it_pays():
     costs = {(8, 0): 1.0, (8, 8): 1.0, (16, 8): 1.9, (32, 8): 1.95}
     made = measured(costs, num_tokens=6)
