@@ -20,7 +20,7 @@ from jaxinfer import LLM, RequestOutput
 
 DRAFT_MS, TARGET_MS, LENGTH = 5, 50, 4
 """The literature's example: times of a draft step and of a target step, drafted tokens a round."""
-NGRAM = {"method": "ngram", "num_speculative_tokens": 7}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 15}
 OFF_IS = "the same engine without speculative_config"
 COUNTERS = ("num_steps", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
 _QUESTIONS = (

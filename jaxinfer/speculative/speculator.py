@@ -20,8 +20,11 @@ _SAMPLES = 9
 """Steps of a size whose median is its cost."""
 _FIRST = 2
 """Plain steps that are measured before the first draft of a batch of their size."""
-_STALE = 2000
-"""Steps after which a measured cost is forgotten: it is tried again."""
+_STALE = 256
+"""Steps after which a cost that was not measured again is forgotten, so that it is tried again."""
+_TRIES = 4
+"""Steps of a kind that are made before their cost is believed: the first run of a program is slow,
+and one step may be held up by anything."""
 _MARGIN = 1.03
 """Tokens a second with a draft over those without, from which on it is made."""
 _PRIOR = (1.5, 2.0)
@@ -43,22 +46,22 @@ class StepCosts:
         self._num_steps = 0
 
     def add(self, key: tuple[int, int], seconds: float) -> None:
-        self._num_steps += 1
-        if self._num_steps - self._newest.get(key, 0) > _STALE:
+        if not self.count(key):
             self._seconds[key] = deque(maxlen=_SAMPLES)
-        values = self._seconds.setdefault(key, deque(maxlen=_SAMPLES))
-        values.append(seconds)
+        self._num_steps += 1
         self._newest[key] = self._num_steps
-        self._medians[key] = statistics.median(values)
+        self._seconds[key].append(seconds)
+        self._medians[key] = statistics.median(self._seconds[key])
 
     def count(self, key: tuple[int, int]) -> int:
         """Steps of this kind that are remembered."""
-        if self._num_steps - self._newest.get(key, self._num_steps) > _STALE:
+        if self._num_steps - self._newest.get(key, -_STALE) >= _STALE:
             return 0
-        return len(self._seconds.get(key, ()))
+        return len(self._seconds[key])
 
-    def seconds(self, key: tuple[int, int]) -> float | None:
-        return self._medians[key] if self.count(key) else None
+    def seconds(self, key: tuple[int, int], least: int = 1) -> float | None:
+        """Their median; None where fewer than `least` are remembered."""
+        return self._medians[key] if self.count(key) >= least else None
 
     def table(self) -> dict[tuple[int, int], float]:
         """Every cost that is known now."""
@@ -119,8 +122,8 @@ class Speculator:
         if not num_rows or num_rows >= self._buckets[-1] or (limit and num_rows >= limit):
             return none
         base = self._bucket(num_rows)
-        plain = self.costs.seconds((base, 0))
-        if plain is None or self.costs.count((base, 0)) < _FIRST:
+        plain = self.costs.seconds((base, 0), _FIRST)
+        if plain is None:
             return none
         most = self.config.num_speculative_tokens
         available = [self._available(sequence, most) for sequence in sequences]
@@ -146,8 +149,8 @@ class Speculator:
         return self.proposer.available(sequence, min(most, room)) if room > 0 else 0
 
     def _cost(self, bucket: int, base: int, plain: float) -> float:
-        """Measured; where it never was, that of a plain step of as many rows, or of this one."""
-        measured = self.costs.seconds((bucket, base))
+        """Measured; before that, what a plain step of as many rows takes, or one of these."""
+        measured = self.costs.seconds((bucket, base), _TRIES)
         return measured or self.costs.seconds((bucket, 0)) or plain
 
     def _bucket(self, num_rows: int) -> int:
