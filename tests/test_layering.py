@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scheduling": HOST,
     "speculative": HOST,
     "params": {"config", "errors"},
+    "quant": {"errors", "params"},
     "chat_template": HOST,
     "gguf_tokenizer": HOST | {"tokenizer_files"},
     "tokenizer": HOST | {"chat_template", "gguf_tokenizer", "tokenizer_files"},

@@ -1,0 +1,1 @@
+"""Quantised weights: how checkpoints pack them, and how they are computed on."""
