@@ -1,0 +1,102 @@
+"""GPTQ checkpoints: 2, 3, 4 or 8 bits, zero points, and the rows' groups (act-order).
+
+`qweight` int32 [K*bits/32, N] is for each output a stream of bits along the inputs, so 3-bit
+integers cross words. `qzeros` int32 [G, N*bits/32] is such a stream along the outputs, `scales`
+[G, N], and `g_idx` int32 [K] the group of each input. Layout "gptq" stores each zero point less
+one; "gptq_v2" stores it as it is. Source: AutoGPTQ, GPTQModel; arXiv:2210.17323.
+"""
+
+import numpy as np
+
+from jaxinfer.quant.config import CheckpointFormat
+from jaxinfer.quant.packed import (
+    WORD_BITS,
+    PackedWeight,
+    StoredModule,
+    group_indices,
+    signed,
+    unpack_rows,
+)
+
+PARTS = {"qweight": True, "qzeros": True, "scales": True, "g_idx": False}
+"""Parts of a module; True where one must be there."""
+
+
+def logical_shape(stored: StoredModule, fmt: CheckpointFormat) -> tuple[int, int]:
+    """(K, N), once every part's shape and dtype agree; ModelFormatError otherwise."""
+    num_words, num_columns = stored.shape("qweight", 2)
+    num_rows, rest = divmod(num_words * WORD_BITS, fmt.bits)
+    if rest:
+        stored.fail(
+            "qweight",
+            f"has {num_words} rows of words, which hold no whole number of "
+            f"{fmt.bits}-bit integers: bits of quantization_config is wrong",
+        )
+    group_size = stored.group_size("qweight", num_rows, fmt.group_size)
+    num_groups = num_rows // group_size
+    why = f"qweight gives [{num_rows}, {num_columns}] at {fmt.bits} bits, groups of {group_size}"
+    if num_columns * fmt.bits % WORD_BITS:
+        stored.fail(
+            "qweight",
+            f"has {num_columns} outputs, whose {fmt.bits}-bit zero points fill no whole "
+            "number of words: bits of quantization_config is wrong",
+        )
+    stored.expect_shape("scales", (num_groups, num_columns), why)
+    stored.expect_shape("qzeros", (num_groups, num_columns * fmt.bits // WORD_BITS), why)
+    stored.expect_dtype("qweight", "I32")
+    stored.expect_dtype("qzeros", "I32")
+    stored.expect_dtype("scales", "F16", "BF16", "F32")
+    if "g_idx" in stored.parts:
+        stored.expect_shape("g_idx", (num_rows,), why)
+        stored.expect_dtype("g_idx", "I32", "I64")
+    elif fmt.act_order and num_groups > 1:
+        stored.fail(
+            "g_idx",
+            "is missing, though desc_act is true: without it the groups of the rows are "
+            "unknown; download every file, or set desc_act to false if it was not used",
+        )
+    return num_rows, num_columns
+
+
+def read(stored: StoredModule, fmt: CheckpointFormat) -> PackedWeight:
+    """Unpack one linear layer. Raises ModelFormatError naming the tensor."""
+    num_rows, num_columns = logical_shape(stored, fmt)
+    group_size = stored.group_size("qweight", num_rows, fmt.group_size)
+    scales, scale_dtype = stored.scales("scales")
+    g_idx = None
+    if "g_idx" in stored.parts:
+        g_idx = group_indices(stored, "g_idx", len(scales))
+        if np.array_equal(g_idx, np.arange(num_rows) // group_size):
+            g_idx = None
+    zeros = _zeros(stored, fmt, num_columns)
+    values = unpack_rows(stored.load("qweight"), fmt.bits, num_rows)
+    return PackedWeight(
+        name=stored.name,
+        values=signed(values, fmt.bits),
+        scales=scales,
+        bits=fmt.bits,
+        group_size=group_size,
+        zeros=zeros if zeros.any() else None,
+        g_idx=g_idx,
+        scale_dtype=scale_dtype,
+    )
+
+
+def _zeros(stored: StoredModule, fmt: CheckpointFormat, num_columns: int) -> np.ndarray:
+    """Zero points less 2**(bits-1), int8 [G, N]."""
+    words = np.ascontiguousarray(stored.load("qzeros").T)
+    zeros = unpack_rows(words, fmt.bits, num_columns).T
+    if fmt.layout == "gptq":
+        # A zero point of 0 was stored as -1, which is all ones: the sum wraps to `bits` bits.
+        zeros = (zeros + np.uint8(1)) & np.uint8((1 << fmt.bits) - 1)
+    middle = 1 << (fmt.bits - 1)
+    off_by_one = middle + 1 if fmt.layout == "gptq" else middle - 1
+    if fmt.symmetric and (zeros == off_by_one).all():
+        other = "gptq_v2" if fmt.layout == "gptq" else "gptq"
+        stored.fail(
+            "qzeros",
+            f"gives only zero points {off_by_one}; symmetric {fmt.bits}-bit weights have "
+            f"{middle}. It is stored as checkpoint_format {other!r} does, not {fmt.layout!r} as "
+            "quantization_config says; correct checkpoint_format in config.json",
+        )
+    return signed(np.ascontiguousarray(zeros), fmt.bits)
