@@ -100,7 +100,7 @@ def _true_rows(stored: StoredModule, fmt: CheckpointFormat, num_columns: int, wi
     stored.expect_shape("weight_shape", (2,), "it holds [outputs, inputs]")
     stored.expect_dtype("weight_shape", "I64", "I32")
     outputs, inputs = (int(size) for size in stored.load("weight_shape"))
-    if inputs < 1 or (outputs, -(-inputs * fmt.bits // WORD_BITS)) != (num_columns, width):
+    if (outputs, -(-inputs * fmt.bits // WORD_BITS)) != (num_columns, width):
         stored.fail(
             "weight_packed",
             f"has shape {(num_columns, width)}, which does not hold {fmt.bits}-bit integers of "

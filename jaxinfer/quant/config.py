@@ -52,7 +52,8 @@ class CheckpointFormat:
     `group_size` inputs share a scale; None: all of an output's (one scale per output). `tensor`:
     one scale for the matrix. `block`: (outputs, inputs) that share one, as in the file's [N, K].
     `act_order`: rows are in groups by `g_idx`. `ignored` are the names or patterns of modules that
-    were left in float, as written; which tensors are packed, the file itself tells.
+    were left in float, as written; which tensors are packed, the file itself tells. `symmetric`:
+    the configuration says that no zero point moves, which the tensors must then bear out.
     """
 
     method: str
@@ -61,7 +62,7 @@ class CheckpointFormat:
     group_size: int | None = None
     tensor: bool = False
     block: tuple[int, int] | None = None
-    symmetric: bool = True
+    symmetric: bool = False
     act_order: bool = False
     activations: Activations | None = None
     ignored: tuple[str, ...] = ()
@@ -99,7 +100,6 @@ def _awq(fields: ConfigFields) -> CheckpointFormat:
         "gemm",
         bits=4,
         group_size=_group_size(fields, size_name),
-        symmetric=not fields.boolean("zero_point", True),
         ignored=tuple(fields.texts("modules_to_not_convert") or ()),
     )
 
@@ -122,7 +122,7 @@ def _gptq(fields: ConfigFields) -> CheckpointFormat:
         layout,
         bits=bits,
         group_size=_group_size(fields, "group_size"),
-        symmetric=fields.boolean("sym", True),
+        symmetric=fields.boolean("sym", False),
         act_order=fields.boolean("desc_act", False),
         ignored=(*(fields.texts("modules_to_not_convert") or ()), *_skipped_modules(fields)),
     )
@@ -157,6 +157,7 @@ def _fp8(fields: ConfigFields) -> CheckpointFormat:
         bits=8,
         tensor=block is None,
         block=block,
+        symmetric=True,
         activations=Activations("float", 8, activations == "dynamic"),
         ignored=tuple(fields.texts(name) or fields.texts("ignored_layers") or ()),
     )

@@ -2,8 +2,8 @@
 
 `qweight` int32 [K*bits/32, N] is for each output a stream of bits along the inputs, so 3-bit
 integers cross words. `qzeros` int32 [G, N*bits/32] is such a stream along the outputs, `scales`
-[G, N], and `g_idx` int32 [K] the group of each input. Layout "gptq" stores each zero point less
-one; "gptq_v2" stores it as it is. Source: AutoGPTQ, GPTQModel; arXiv:2210.17323.
+[G, N], and `g_idx` int32 [K] the group of each input. Layout "gptq" stores the zero points less
+one, "gptq_v2" as they are. Source: AutoGPTQ, GPTQModel; arXiv:2210.17323.
 """
 
 import numpy as np
@@ -84,19 +84,38 @@ def read(stored: StoredModule, fmt: CheckpointFormat) -> PackedWeight:
 
 def _zeros(stored: StoredModule, fmt: CheckpointFormat, num_columns: int) -> np.ndarray:
     """Zero points less 2**(bits-1), int8 [G, N]."""
-    words = np.ascontiguousarray(stored.load("qzeros").T)
-    zeros = unpack_rows(words, fmt.bits, num_columns).T
-    if fmt.layout == "gptq":
-        # A zero point of 0 was stored as -1, which is all ones: the sum wraps to `bits` bits.
-        zeros = (zeros + np.uint8(1)) & np.uint8((1 << fmt.bits) - 1)
+    largest = (1 << fmt.bits) - 1
+    words = stored.load("qzeros").view(np.uint32)
+    if fmt.layout == "gptq" and WORD_BITS % fmt.bits == 0:
+        # Zero points less one, as one word: 0 borrowed from the next, and so gives it back.
+        words = words + np.uint32(0xFFFFFFFF // largest)
+    zeros = unpack_rows(np.ascontiguousarray(words.T).view(np.int32), fmt.bits, num_columns).T
+    if fmt.layout == "gptq" and WORD_BITS % fmt.bits:
+        zeros = (zeros + np.uint8(1)) & np.uint8(largest)
+    if fmt.symmetric:
+        _expect_middle(stored, fmt, zeros)
+    return signed(np.ascontiguousarray(zeros), fmt.bits)
+
+
+def _expect_middle(stored: StoredModule, fmt: CheckpointFormat, zeros: np.ndarray) -> None:
+    """ModelFormatError unless every zero point is 2**(bits-1), as `sym` true promises.
+
+    Some files carry the name of one layout and zero points of the other; they would decode to
+    weights that are all off by one step.
+    """
     middle = 1 << (fmt.bits - 1)
-    off_by_one = middle + 1 if fmt.layout == "gptq" else middle - 1
-    if fmt.symmetric and (zeros == off_by_one).all():
-        other = "gptq_v2" if fmt.layout == "gptq" else "gptq"
+    if (zeros == middle).all():
+        return
+    declared = f"quantization_config says sym and checkpoint_format {fmt.layout!r}"
+    other, off_by_one = ("gptq_v2", 1) if fmt.layout == "gptq" else ("gptq", -1)
+    if (zeros == middle + off_by_one).all():
         stored.fail(
             "qzeros",
-            f"gives only zero points {off_by_one}; symmetric {fmt.bits}-bit weights have "
-            f"{middle}. It is stored as checkpoint_format {other!r} does, not {fmt.layout!r} as "
-            "quantization_config says; correct checkpoint_format in config.json",
+            f"gives only zero points {middle + off_by_one}, but {declared}, so they are {middle}: "
+            f"they are stored as {other!r}; correct checkpoint_format in config.json",
         )
-    return signed(np.ascontiguousarray(zeros), fmt.bits)
+    stored.fail(
+        "qzeros",
+        f"gives zero points {zeros.min()} to {zeros.max()}, but {declared}, so all are {middle}; "
+        "if the weights are asymmetric, set sym to false in config.json",
+    )

@@ -82,8 +82,10 @@ def awq() -> None:
     add("awq", config, parts, unpack(*parts.values(), 4, 16))
 
 
-def gptq(case: str, bits: int, group_size: int, *, act_order: bool, v2: bool) -> None:
-    """AutoGPTQ, layout 1, or GPTQModel, layout 2 (which it packs before it converts)."""
+def gptq(
+    case: str, bits: int, group_size: int, *, act_order: bool, v2: bool, convert: bool = False
+) -> None:
+    """AutoGPTQ, layout 1, or GPTQModel, layout 2 (`v2`), which it may `convert` to layout 1."""
     shape = (32, 32)
     groups = torch.arange(32) // (32 if group_size == -1 else group_size)
     if act_order:
@@ -97,6 +99,9 @@ def gptq(case: str, bits: int, group_size: int, *, act_order: bool, v2: bool) ->
         packed.pack(linear, scales.T.clone(), zeros.T.clone(), groups.int())
         packed.post_init()
         expected = packed.dequantize_weight()
+        if convert:
+            model = importlib.import_module("gptqmodel.utils.model")
+            model.convert_gptq_v2_to_v1_format_module(packed, types.SimpleNamespace(bits=bits))
     else:
         kind = importlib.import_module("auto_gptq.nn_modules.qlinear.qlinear_cuda").QuantLinear
         packed = kind(bits, group_size, *shape, False)
@@ -104,7 +109,7 @@ def gptq(case: str, bits: int, group_size: int, *, act_order: bool, v2: bool) ->
         expected = packed(torch.eye(32).half())
     config = {
         "quant_method": "gptq", "bits": bits, "group_size": group_size, "desc_act": act_order,
-        "sym": False, "checkpoint_format": "gptq_v2" if v2 else "gptq",
+        "sym": False, "checkpoint_format": "gptq_v2" if v2 and not convert else "gptq",
     }  # fmt: skip
     names = ("qweight", "qzeros", "scales", "g_idx")
     add(case, config, {name: getattr(packed, name) for name in names}, expected)
@@ -170,6 +175,9 @@ def main() -> None:
     gptq("gptq-8", 8, 16, act_order=False, v2=False)
     gptq("gptq-v2-3", 3, 16, act_order=False, v2=True)
     gptq("gptq-v2-4-act-order", 4, 16, act_order=True, v2=True)
+    for bits in (2, 4, 8):
+        case = f"gptq-{bits}-converted"
+        gptq(case, bits, 16, act_order=False, v2=True, convert=True)
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     group = {"strategy": "group", "group_size": 16}
     channel, tensor = {"strategy": "channel"}, {"strategy": "tensor"}

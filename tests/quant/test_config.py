@@ -1,12 +1,13 @@
 """`quantization_config` as published, and what of it is refused."""
 
 import copy
+import random
 from typing import Any
 
 import pytest
 
 from jaxinfer.errors import ConfigError
-from jaxinfer.quant.config import Activations, CheckpointFormat, checkpoint_format
+from jaxinfer.quant.config import METHODS, Activations, CheckpointFormat, checkpoint_format
 from jaxinfer.weights.fields import Fields
 from tests.quant.stored import format_of
 
@@ -48,7 +49,7 @@ def test_no_quantization_config_is_no_format():
 
 
 def test_awq():
-    want = CheckpointFormat("awq", "gemm", 4, 128, symmetric=False)
+    want = CheckpointFormat("awq", "gemm", 4, 128)
     assert format_of(AWQ) == want
     assert format_of({"quant_method": "awq", "w_bit": 4, "q_group_size": 128}) == want
     left = format_of({**AWQ, "version": "GEMM", "modules_to_not_convert": ["visual"]})
@@ -56,9 +57,11 @@ def test_awq():
 
 
 def test_gptq():
-    assert format_of(GPTQ) == CheckpointFormat("gptq", "gptq", 4, 128, act_order=True)
+    assert format_of(GPTQ) == CheckpointFormat(
+        "gptq", "gptq", 4, 128, symmetric=True, act_order=True
+    )
     one_scale = format_of({**GPTQ, "group_size": -1, "desc_act": False, "sym": False})
-    assert one_scale == CheckpointFormat("gptq", "gptq", 4, None, symmetric=False)
+    assert one_scale == CheckpointFormat("gptq", "gptq", 4, None)
     assert format_of({**GPTQ, "checkpoint_format": "gptq_v2"}).layout == "gptq_v2"
     assert format_of({**GPTQ, "format": "gptq_v2"}).layout == "gptq_v2"
     assert format_of({**GPTQ, "checkpoint_format": "gptq", "format": "x"}).layout == "gptq"
@@ -69,12 +72,12 @@ def test_gptq():
 def test_fp8():
     fmt = format_of(FP8 | {"modules_to_not_convert": ["lm_head"], "scale_fmt": "ue8m0"})
     assert fmt == CheckpointFormat(
-        "fp8", "fp8", 8, block=(128, 128), activations=Activations("float", 8, True),
-        ignored=("lm_head",),
+        "fp8", "fp8", 8, block=(128, 128), symmetric=True,
+        activations=Activations("float", 8, True), ignored=("lm_head",),
     )  # fmt: skip
     static = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
     assert format_of(static) == CheckpointFormat(
-        "fp8", "fp8", 8, tensor=True, activations=Activations("float", 8, False),
+        "fp8", "fp8", 8, tensor=True, symmetric=True, activations=Activations("float", 8, False),
         ignored=("lm_head",),
     )  # fmt: skip
 
@@ -82,7 +85,12 @@ def test_fp8():
 def test_compressed_tensors():
     int8 = Activations("int", 8, True)
     base = CheckpointFormat(
-        "compressed-tensors", "int-quantized", 8, activations=int8, ignored=("lm_head",)
+        "compressed-tensors",
+        "int-quantized",
+        8,
+        symmetric=True,
+        activations=int8,
+        ignored=("lm_head",),
     )
     assert format_of(compressed()) == base
     assert format_of(compressed("naive-quantized")) == base
@@ -150,6 +158,7 @@ REFUSED = {
     "gptq int16": ({**GPTQ, "pack_dtype": "int16"}, r"pack_dtype must be int32"),
     "gptq rotated": ({**GPTQ, "rotation": "hadamard"}, r"rotation must be absent"),
     "gptq mixed": ({**GPTQ, "dynamic": {r".*down": {"bits": 8}}}, r"dynamic .*mixed precision"),
+    "gptq more": ({**GPTQ, "dynamic": {r"+:.*down": {"group_size": 64}}}, r"dynamic .*mixed prec"),
     "fp8 e5m2": ({**FP8, "fmt": "e5m2"}, r"fmt must be e4m3"),
     "fp8 fp4": ({**FP8, "expert_dtype": "fp4"}, r"expert_dtype must be e4m3"),
     "fp8 block": ({**FP8, "weight_block_size": [128]}, r"weight_block_size must be two integers"),
@@ -183,3 +192,35 @@ def test_refused(case: str):
         format_of(config)
     assert "config.json" in str(error.value)
     assert error.value.field is not None
+
+
+ODD = (None, True, False, 0, -1, 3, 4, 10**30, 0.5, "", "int", "4", [], [1], {}, {"a": None}, [[]])
+
+
+def _replace_somewhere(table: dict[str, Any], draw: random.Random) -> None:
+    """Put an odd value in place of one that is somewhere in `table`."""
+    name = draw.choice(list(table))
+    if isinstance(table[name], dict) and table[name] and draw.random() < 0.8:
+        _replace_somewhere(table[name], draw)
+    else:
+        table[name] = draw.choice(ODD)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_odd_values_are_read_or_refused(seed: int):
+    draw = random.Random(seed)
+    whole = [AWQ, GPTQ | {"dynamic": {"-:x": {}}}, FP8, compressed(), _groups()]
+    whole.append(compressed("pack-quantized", num_bits=4, strategy="group", group_size=32))
+    refused = 0
+    for _ in range(1000):
+        config = copy.deepcopy(draw.choice(whole))
+        for _ in range(draw.randint(1, 2)):
+            _replace_somewhere(config, draw)
+        try:
+            fmt = format_of(config)
+        except ConfigError:
+            refused += 1
+        else:
+            assert fmt.method in METHODS and hash(fmt)
+            assert fmt.group_size is None or fmt.group_size >= 1
+    assert 200 < refused < 1000

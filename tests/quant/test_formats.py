@@ -29,21 +29,26 @@ def test_gptq_counts_from_the_lowest_bits_and_adds_one_to_zero_points():
     np.testing.assert_array_equal(read(second, parts).dequantize(), rows - np.arange(8))
 
 
-def test_gptq_zero_point_of_all_ones_is_zero():
-    """Layout 1 stores 0 - 1, which is 15 in four bits."""
-    got = read(GPTQ, gptq_parts(0, 0xFFFFFFFF)).dequantize()
+def test_gptq_zero_points_of_zero_borrow():
+    """Layout 1 of eight zeros in a word: 0 - 0x11111111."""
+    got = read(GPTQ, gptq_parts(0, 0xEEEEEEEF)).dequantize()
     np.testing.assert_array_equal(got, np.zeros((8, 8)))
 
 
 @pytest.mark.parametrize(("layout", "zero"), [("gptq", 0x88888888), ("gptq_v2", 0x77777777)])
 def test_gptq_of_the_other_layout_is_found_by_its_symmetric_zero_points(layout: str, zero: int):
     config = {**GPTQ, "sym": True, "checkpoint_format": layout}
-    with pytest.raises(ModelFormatError, match=r"qzeros'.*not '\w+' as.*correct checkpoint_format"):
-        read(config, gptq_parts(0, zero))
     right = {"gptq": "gptq_v2", "gptq_v2": "gptq"}[layout]
+    with pytest.raises(ModelFormatError, match=rf"qzeros' .*stored as '{right}'; correct checkp"):
+        read(config, gptq_parts(0, zero))
     weight = read({**config, "checkpoint_format": right}, gptq_parts(0, zero))
     assert weight.zeros is None  # symmetric: the middle is the signed integers' own zero
     assert weight.values.min() == -8
+
+
+def test_gptq_that_calls_itself_symmetric_and_is_not():
+    with pytest.raises(ModelFormatError, match=r"zero points 1 to 8, .*set sym to false"):
+        read({**GPTQ, "sym": True}, gptq_parts(0, 0x76543210))
 
 
 def test_gptq_groups_in_order_need_no_g_idx():
@@ -90,6 +95,9 @@ def test_compressed_tensors_act_order():
     weight = read(config, {**parts, "weight_g_idx": groups})
     by_hand = in_order.values.astype(np.float32) * in_order.scales[groups]
     np.testing.assert_array_equal(weight.dequantize(), by_hand)
+    half_set = np.where(np.arange(32) < 16, groups, np.int32(-1))
+    with pytest.raises(ModelFormatError, match=r"weight_g_idx' names group -1"):
+        read(config, {**parts, "weight_g_idx": half_set})
     unset = read(config, {**parts, "weight_g_idx": np.full(32, -1, np.int32)})
     np.testing.assert_array_equal(unset.dequantize(), in_order.dequantize())
 
