@@ -30,7 +30,8 @@ _READERS: dict[str, tuple[Any, Mapping[str, bool]]] = {
     "fp8": (fp8_blocks, fp8_blocks.PARTS),
 }
 # static scales of activations and of the KV cache, which weights do not depend on
-NOT_WEIGHTS = ("input_scale", "input_zero_point", "output_scale", "k_scale", "v_scale", "q_scale")
+NOT_WEIGHTS = ("input_scale", "output_scale", "q_scale", "k_scale", "v_scale", "kv_scale")
+NOT_WEIGHTS += ("input_zero_point", "output_zero_point", "k_zero_point", "v_zero_point")
 _PACKED_DTYPES = ("I8", "U8", "I32", "F8_E4M3", "F8_E5M2")
 
 
@@ -104,7 +105,13 @@ def open_packed(
             path=path,
         )
     if left_out:
-        logger.info("%s: %d static scales are not used: %s ...", path, len(left_out), left_out[0])
+        logger.warning(
+            "%s: %d static scales of activations or of the KV cache are left out (%s, ...): here "
+            "neither is quantised with them",
+            path,
+            len(left_out),
+            left_out[0],
+        )
     return PackedCheckpoint(fmt, seen, packed, tuple(left_out))
 
 

@@ -67,6 +67,21 @@ class CheckpointFormat:
     activations: Activations | None = None
     ignored: tuple[str, ...] = ()
 
+    def describe(self) -> str:
+        """The format in a few words, such as "AWQ 4 bit, group 128"."""
+        if self.method == "compressed-tensors":
+            kind = "fp" if self.layout == "float-quantized" else "int"
+            text = f"{self.method} {kind}{self.bits} ({self.layout})"
+        else:
+            text = "fp8" if self.method == "fp8" else f"{self.method.upper()} {self.bits} bit"
+        if self.block is not None:
+            text += f", blocks {self.block[0]}x{self.block[1]}"
+        elif self.group_size is not None:
+            text += f", group {self.group_size}"
+        else:
+            text += ", one scale per tensor" if self.tensor else ", one scale per output"
+        return f"{text}, act-order" if self.act_order else text
+
 
 def checkpoint_format(config: ConfigFields) -> CheckpointFormat | None:
     """The format that config.json's fields describe; None where the weights are not quantised.

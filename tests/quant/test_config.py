@@ -224,3 +224,21 @@ def test_odd_values_are_read_or_refused(seed: int):
             assert fmt.method in METHODS and hash(fmt)
             assert fmt.group_size is None or fmt.group_size >= 1
     assert 200 < refused < 1000
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (AWQ, "AWQ 4 bit, group 128"),
+        (GPTQ, "GPTQ 4 bit, group 128, act-order"),
+        ({**GPTQ, "group_size": -1, "desc_act": False}, "GPTQ 4 bit, one scale per output"),
+        (FP8, "fp8, blocks 128x128"),
+        ({"quant_method": "fp8"}, "fp8, one scale per tensor"),
+        (
+            compressed(strategy="tensor"),
+            "compressed-tensors int8 (int-quantized), one scale per tensor",
+        ),
+    ],
+)
+def test_described_in_a_few_words(config: dict[str, Any], text: str):
+    assert format_of(config).describe() == text
