@@ -32,15 +32,24 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_DIMS = 8
 MAX_SHARDS = 10_000
 
-_NUMPY: dict[str, np.dtype[Any]] = {
+Dtypes = Mapping[str, np.dtype[Any]]
+
+FLOATS: Dtypes = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-SUPPORTED = ", ".join(_NUMPY)
+QUANTISED: Dtypes = {
+    **FLOATS,
+    "I8": np.dtype("i1"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+"""Dtypes by the file's names: of a float checkpoint, and of one with a quantization_config."""
+
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "BOOL": 1, "U8": 1, "I8": 1, "F64": 8, "I64": 8}
 _ITEM_BYTES |= {"I16": 2, "U16": 2, "I32": 4, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
-_LATER = frozenset({"I8", "U8", "F8_E4M3", "F8_E5M2"})
 # masks and tables that old checkpoints store beside the weights; no model reads them
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "position_ids")
 
@@ -58,15 +67,18 @@ class _Stored:
 class SafetensorsReader:
     """Tensors of one or several files under the names they are stored with; nothing stays open."""
 
-    def __init__(self, tensors: Mapping[str, _Stored]):
+    def __init__(self, tensors: Mapping[str, _Stored], dtypes: Dtypes = FLOATS):
         self._tensors = tensors
+        self._dtypes = dtypes
         self.infos: Mapping[str, TensorInfo] = {name: t.info for name, t in tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
         """Map tensor `name`: a read-only array that keeps its part of the file mapped."""
         stored = self._tensors[name]
-        if stored.info.dtype not in _NUMPY:
-            _fail(stored.path, name, f"has dtype {stored.info.dtype}; supported: {SUPPORTED}")
+        dtype = self._dtypes.get(stored.info.dtype)
+        if dtype is None:
+            known = ", ".join(self._dtypes)
+            _fail(stored.path, name, f"has dtype {stored.info.dtype}; supported: {known}")
         regular_size(stored.path)
         try:
             raw = np.memmap(stored.path, np.uint8, "r", stored.start, (stored.num_bytes,))
@@ -76,18 +88,21 @@ class SafetensorsReader:
                 path=stored.path,
                 field=name,
             ) from cause
-        return np.asarray(raw).view(_NUMPY[stored.info.dtype]).reshape(stored.info.shape)
+        return np.asarray(raw).view(dtype).reshape(stored.info.shape)
 
     def close(self) -> None:
         """Nothing to do: a tensor's mapping goes with its array."""
 
 
-def open_file(path: Path) -> SafetensorsReader:
-    """Read and check the header of one file; ModelFormatError for anything malformed."""
-    return SafetensorsReader(_read_header(path))
+def open_file(path: Path, dtypes: Dtypes = FLOATS) -> SafetensorsReader:
+    """Read and check the header of one file; ModelFormatError for anything malformed.
+
+    `dtypes`, FLOATS or QUANTISED, are those that a tensor may have.
+    """
+    return SafetensorsReader(_read_header(path, dtypes), dtypes)
 
 
-def open_sharded(index: Path) -> SafetensorsReader:
+def open_sharded(index: Path, dtypes: Dtypes = FLOATS) -> SafetensorsReader:
     """Read the index and the header of every shard it names, and check that they agree."""
     weight_map = _weight_map(index)
     tensors: dict[str, _Stored] = {}
@@ -95,7 +110,7 @@ def open_sharded(index: Path) -> SafetensorsReader:
         path = index.parent / shard
         if not os.path.lexists(path):
             _fail(path, None, f"named by {index.name} but missing; download every shard")
-        for name, stored in _read_header(path).items():
+        for name, stored in _read_header(path, dtypes).items():
             if name in tensors:
                 _fail(path, name, f"is also in {tensors[name].path.name}; which one holds?")
             if weight_map.get(name) != shard:
@@ -105,7 +120,7 @@ def open_sharded(index: Path) -> SafetensorsReader:
     for name, shard in weight_map.items():
         if name not in tensors:
             _fail(index, name, f"is not in {shard}, where the index places it")
-    return SafetensorsReader(tensors)
+    return SafetensorsReader(tensors, dtypes)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -125,7 +140,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(path: Path) -> dict[str, _Stored]:
+def _read_header(path: Path, dtypes: Dtypes) -> dict[str, _Stored]:
     size = regular_size(path)
     try:
         with open(path, "rb") as file:
@@ -143,7 +158,9 @@ def _read_header(path: Path) -> dict[str, _Stored]:
         raise ModelFormatError(f"{path}: the header {cause}", path=path, offset=8) from cause
     _check_metadata(path, header.pop("__metadata__", None))
     data_start = 8 + header_bytes
-    tensors = {name: _stored(path, name, entry, data_start, size) for name, entry in header.items()}
+    tensors = {
+        name: _stored(path, name, entry, data_start, size, dtypes) for name, entry in header.items()
+    }
     _check_cover(path, tensors, data_start, size)
     return tensors
 
@@ -176,15 +193,20 @@ def _check_metadata(path: Path, metadata: object) -> None:
         _fail(path, "__metadata__", "must map strings to strings", 8)
 
 
-def _stored(path: Path, name: str, entry: object, data_start: int, size: int) -> _Stored:
+def _stored(
+    path: Path, name: str, entry: object, data_start: int, size: int, dtypes: Dtypes
+) -> _Stored:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         _fail(path, name, "must have exactly dtype, shape and data_offsets", 8)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        _fail(path, name, f"has unknown dtype {str(dtype)[:40]!r}; supported: {SUPPORTED}", 8)
-    if dtype not in _NUMPY and not name.endswith(_BUFFERS):
-        state = "is not supported yet" if dtype in _LATER else "is not supported for a weight"
-        _fail(path, name, f"has dtype {dtype}, which {state}; supported: {SUPPORTED}", 8)
+        known = ", ".join(dtypes)
+        _fail(path, name, f"has unknown dtype {str(dtype)[:40]!r}; supported: {known}", 8)
+    if dtype not in dtypes and not name.endswith(_BUFFERS):
+        state = "is not supported for a weight"
+        if dtype in QUANTISED:
+            state = "needs a quantization_config in config.json that says what it stands for"
+        _fail(path, name, f"has dtype {dtype}, which {state}; supported: {', '.join(dtypes)}", 8)
     if not isinstance(shape, list) or not all(_is_count(n) and n > 0 for n in shape):
         _fail(path, name, f"has shape {str(shape)[:80]}; a list of integers >= 1 is needed", 8)
     if len(shape) > MAX_DIMS:

@@ -85,9 +85,10 @@ BAD = {
     "W7 unknown dtype": (_one("F99", [1], 0, 4), "unknown dtype 'F99'; supported: F32, F16, BF16"),
     "W7 dtype not text": (_one(5, [1], 0, 4), "unknown dtype"),
     "W7 F64": (_one("F64", [1], 0, 8, data=b"\0" * 8), "F64.*supported: F32, F16, BF16"),
-    "W7 I64": (_one("I64", [1], 0, 8, data=b"\0" * 8), "I64.*not supported for a weight"),
-    "W7 F8": (_one("F8_E4M3", [4], 0, 4), "not supported yet"),
-    "W7 I8": (_one("I8", [4], 0, 4), "not supported yet"),
+    "W7 I64": (_one("I64", [1], 0, 8, data=b"\0" * 8), "I64.*needs a quantization_config"),
+    "W7 F8": (_one("F8_E4M3", [4], 0, 4), "needs a quantization_config.*: F32, F16, BF16$"),
+    "W7 I8": (_one("I8", [4], 0, 4), "needs a quantization_config.*: F32, F16, BF16$"),
+    "W7 U8": (_one("U8", [4], 0, 4), "U8.*not supported for a weight"),
     "W8 name twice": (raw_safetensors(f"{{{TENSOR},{TENSOR}}}", b"\0" * 4), "'a' twice"),
     "W8 metadata key twice": (
         raw_safetensors(f'{{"__metadata__":{{"k":"1","k":"2"}},{TENSOR}}}', b"\0" * 4),
