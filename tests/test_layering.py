@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tokenizer_files": HOST,
     "detokenizer": HOST | {"tokenizer"},
     "intake": HOST | {"tokenizer"},
-    "weights": {"config", "errors", "params"},
+    "weights": {"config", "errors", "params", "quant"},
     "bias": {"request", "sampling_params"},
     "models": {"config", "errors", "params", "jax", "flax", "pallas_kernels"},
     "buckets": {"request"},

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxinfer.config import ModelConfig
+from jaxinfer.quant.config import checkpoint_format
 from jaxinfer.weights.fields import Fields
 from jaxinfer.weights.hf_rope import rope_of
 from jaxinfer.weights.hf_windows import mistral_windows, no_windows, typed_windows
@@ -149,8 +150,9 @@ def _architecture(fields: Fields) -> str:
 
 
 def _refuse_unsupported(fields: Fields, architecture: str) -> None:
-    if fields.get("quantization_config", None, "absent") is not None:
-        fields.fail("quantization_config", "absent: quantised checkpoints are not supported yet")
+    if checkpoint_format(fields) is not None and architecture == "GPT2LMHeadModel":
+        # its matrices are stored [inputs, outputs]: a square one would be read transposed
+        fields.fail("quantization_config", f"absent: quantised, {architecture} is not supported")
     for name in ("use_bidirectional_attention", "is_encoder_decoder", "add_cross_attention"):
         if fields.boolean(name, False):
             fields.fail(name, f"false: {architecture} is run as a causal decoder")

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +19,15 @@ from tqdm import tqdm
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import ConfigError, ModelFormatError
 from jaxinfer.params import TensorInfo, TensorReader, assemble
+from jaxinfer.quant.config import CheckpointFormat, checkpoint_format
 from jaxinfer.weights import gguf, hub, safetensors
+from jaxinfer.weights.fields import Fields
 from jaxinfer.weights.files import read_json
 from jaxinfer.weights.gguf_config import config_from_gguf
 from jaxinfer.weights.gguf_names import num_layers
 from jaxinfer.weights.gguf_reader import GGUFReader
 from jaxinfer.weights.hf_config import DTYPES, config_from_hf
+from jaxinfer.weights.packed_reader import PackedReader
 from jaxinfer.weights.safetensors import SafetensorsReader
 
 logger = logging.getLogger(__name__)
@@ -41,7 +45,10 @@ class ModelReader(TensorReader, Protocol):
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model found and checked. `path` is the folder (safetensors) or the file (GGUF)."""
+    """A model found and checked. `path` is the folder (safetensors) or the file (GGUF).
+
+    `quantised` is how a safetensors checkpoint packs its weights, None where they are float.
+    """
 
     name: str
     kind: Literal["gguf", "safetensors"]
@@ -49,6 +56,7 @@ class ModelSource:
     config: ModelConfig
     reader: ModelReader
     gguf_metadata: dict[str, Any] | None = None
+    quantised: CheckpointFormat | None = None
 
     def close(self) -> None:
         """Give back what the reader holds; arrays that were read stay valid."""
@@ -68,6 +76,8 @@ class _Weights(Protocol):
     def rules(self) -> Any: ...
     @property
     def config(self) -> ModelConfig: ...
+    @property
+    def dtype(self) -> str: ...
     @property
     def ignored(self) -> Any: ...
     def shapes(self) -> Mapping[str, Any]: ...
@@ -126,9 +136,15 @@ def load(
     """Stream the weights of `source` through `model.rules` into a parameter tree.
 
     `put(array, path)` takes each host array, of the model's shape and dtype, to its device.
-    `progress` shows a bar. Raises ModelFormatError for tensors that do not fit the model.
+    `progress` shows a bar, and says how quantised weights are read. Raises ModelFormatError for
+    tensors that do not fit the model.
     """
     _compare_tied(source, model.config)
+    ignored = tuple(model.ignored)
+    if isinstance(source.reader, PackedReader):
+        ignored += source.reader.zero_biases()
+    if progress and source.quantised is not None:
+        tqdm.write(_dequantised(source.quantised, model.dtype), sys.stderr)
     with tqdm(
         disable=not progress, desc=f"loading {source.name}", unit=" weights", unit_scale=True
     ) as bar:
@@ -144,10 +160,19 @@ def load(
             model.config,
             model.shapes(),
             put,
-            ignored=model.ignored,
+            ignored=ignored,
             path=source.path,
             progress=advance,
         )
+
+
+def _dequantised(fmt: CheckpointFormat, dtype: str) -> str:
+    """What becomes of weights in `fmt`, for the user."""
+    text = f"weights: {fmt.describe()}, de-quantised to {dtype}"
+    if fmt.activations is None:
+        return text
+    kind = "fp" if fmt.activations.kind == "float" else "int"
+    return f"{text}; activations are {dtype} too, not {kind}{fmt.activations.bits}"
 
 
 def _default_file() -> Path:
@@ -185,26 +210,33 @@ def _open_folder(
     raw = {**read_json(config_path), **(hf_overrides or {})}
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else None
-    reader = _open_safetensors(folder) if weights else SafetensorsReader({})
+    fmt = checkpoint_format(Fields(raw, config_path))
+    reader = _open_weights(folder, fmt) if weights else SafetensorsReader({})
     config = config_from_hf(
         raw, generation, config_path, layers_in_files=num_layers(reader.infos) if weights else None
     )
     if raw.get("dtype") is None and raw.get("torch_dtype") is None:
         config = replace(config, dtype=_common_dtype(reader.infos))
     _check_vocab(config, reader.infos, config_path)
-    return ModelSource(name, "safetensors", folder, config, reader)
+    return ModelSource(name, "safetensors", folder, config, reader, quantised=fmt)
 
 
-def _open_safetensors(folder: Path) -> SafetensorsReader:
+def _open_weights(folder: Path, fmt: CheckpointFormat | None) -> ModelReader:
+    if fmt is None:
+        return _open_safetensors(folder, safetensors.FLOATS)
+    return PackedReader(_open_safetensors(folder, safetensors.QUANTISED), fmt, folder)
+
+
+def _open_safetensors(folder: Path, dtypes: safetensors.Dtypes) -> SafetensorsReader:
     single = folder / "model.safetensors"
     index = folder / safetensors.INDEX_NAME
     if os.path.lexists(single):
-        return safetensors.open_file(single)
+        return safetensors.open_file(single, dtypes)
     if os.path.lexists(index):
-        return safetensors.open_sharded(index)
+        return safetensors.open_sharded(index, dtypes)
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
-        return safetensors.open_file(files[0])
+        return safetensors.open_file(files[0], dtypes)
     if files:
         _fail(
             f"{folder} holds {len(files)} *.safetensors files but no {safetensors.INDEX_NAME}; "
@@ -273,7 +305,7 @@ def _compare_tied(source: ModelSource, config: ModelConfig) -> None:
     head = "lm_head.weight"
     if not config.tie_embeddings or head not in infos or embed is None:
         return
-    if infos[head] != infos[embed]:
+    if infos[head].shape != infos[embed].shape:
         return  # `assemble` warns of another shape
     if not np.array_equal(source.reader.read(head), source.reader.read(embed)):
         logger.warning(

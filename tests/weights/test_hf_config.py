@@ -290,7 +290,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "architectures text": ({"architectures": "LlamaForCausalLM"}, "a list of strings"),
     "empty architectures": ({"architectures": [], "model_type": "x"}, "model_type must be one of"),
     "image Gemma": ({"architectures": ["Gemma3ForConditionalGeneration"]}, "a text model"),
-    "quantised": ({"quantization_config": {"bits": 4}}, "not supported yet"),
+    "quantised": ({"quantization_config": {"bits": 4}}, "quant_method must be a string"),
+    "quantised so": (
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        "one of these: awq .*got 'bits",
+    ),
     "eos out of range": ({"eos_token_id": 32}, r"integers in 0..31; got 32"),
     "eos -1": ({"eos_token_id": [2, -1]}, "eos_token_id must be"),
     "eos true": ({"eos_token_id": True}, "eos_token_id must be"),
