@@ -49,7 +49,7 @@ def test_distribution(kind, temperature, name):
     assert made.is_right()
     rate = made.num_accepted / made.num_drafts
     # Both outcomes of a draft are in the sample, but for a draft that is the target.
-    assert (rate == 1.0) if kind == "equal" else (0.02 < rate < 0.98), rate
+    assert (rate == 1.0) if kind == "equal" else (0 < rate < 1), rate
 
 
 @pytest.mark.parametrize(
