@@ -195,7 +195,10 @@ class Engine:
         bucket = self._builder.buckets.decode_bucket(len(plan.rows))
         if not self.runner.is_compiled(bucket):
             return True
-        return self.speculator is not None and self.speculator.should_wait(plan)
+        scheduler = self.scheduler
+        admits = scheduler.num_waiting and scheduler.num_running < scheduler.config.max_num_seqs
+        # A step that takes prompts in has no drafts.
+        return self.speculator is not None and not admits and self.speculator.should_wait(plan)
 
     def _dispatch(self) -> bool:
         """Plan, build and start a step; whether there was one to start."""
