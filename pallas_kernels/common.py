@@ -78,15 +78,18 @@ def quantise(x: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
     """`x [..., H]` as (`[..., H]` of `dtype`, float32 scales `[...]`), symmetric, one scale for
     each vector: x is about data * scale.
 
-    scale = max|x| / QUANTISED[dtype], in float32. int8 rounds half to even. A vector of zeros has
-    scale 0. A vector with a NaN or an infinity has the scale NaN.
+    In float32, scale = max|x| * (1 / QUANTISED[dtype]) and y = x * (1 / scale): products, because
+    XLA makes such of divisions by what is constant or common to a vector, but not always. int8
+    rounds half to even. A vector of zeros, or of numbers so small that the scale would be
+    subnormal, has scale 0. A vector with a NaN or an infinity has the scale NaN.
     """
     largest = QUANTISED[dtype]
     x = x.astype(jnp.float32)
     # XLA:CPU's max over the minor axis loses a NaN when the array is large.
     is_finite = jnp.all(jnp.isfinite(x), axis=-1)
-    scale = jnp.where(is_finite, jnp.max(jnp.abs(x), axis=-1) / largest, jnp.nan)
-    y = x / jnp.where(scale == 0, 1.0, scale)[..., None]
+    scale = jnp.max(jnp.abs(x), axis=-1) * np.float32(1 / largest)
+    scale = jnp.where(scale < np.finfo(np.float32).tiny, 0.0, jnp.where(is_finite, scale, jnp.nan))
+    y = x * (1.0 / jnp.where(scale == 0, 1.0, scale))[..., None]
     y = jnp.clip(jnp.round(y) if dtype == "int8" else y, -largest, largest)
     return y.astype(dtype), scale
 

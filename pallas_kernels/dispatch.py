@@ -1,8 +1,9 @@
 """Which implementation runs: resolved once, by name, before anything is traced; never a fallback.
 
 An implementation is a full set of operations because they share a page layout that nothing else
-knows. To add one, write its files in `flash_attention/`, `paged_attention/` and `kv_write/` and its
-row in `_MODULES`.
+knows. To add one, write its files in `flash_attention/`, `paged_attention/`, `kv_write/` and
+`quant_matmul/`, and its row in `_MODULES`; a row may name another's file where its own would be the
+same.
 """
 
 from collections.abc import Callable
@@ -25,19 +26,21 @@ import pallas_kernels.paged_attention.mosaic_gpu as paged_mosaic_gpu
 import pallas_kernels.paged_attention.reference as paged_reference
 import pallas_kernels.paged_attention.tpu as paged_tpu
 import pallas_kernels.paged_attention.xla as paged_xla
+import pallas_kernels.quant_matmul.reference as quant_reference
+import pallas_kernels.quant_matmul.xla as quant_xla
 from pallas_kernels.common import Spec, Target
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 _PLATFORM_ALIASES = {"cuda": "gpu", "rocm": "gpu"}
 
-# name -> modules of (flash_attention, paged_attention, kv_write), platforms it runs on
-_MODULES: dict[str, tuple[tuple[Any, Any, Any], tuple[str, ...]]] = {
-    "reference": ((flash_reference, paged_reference, write_reference), PLATFORMS),
-    "xla": ((flash_xla, paged_xla, write_xla), PLATFORMS),
-    "tpu": ((flash_tpu, paged_tpu, write_tpu), ("tpu",)),
-    "mosaic_gpu": ((flash_mosaic_gpu, paged_mosaic_gpu, write_mosaic_gpu), ("gpu",)),
+# name -> modules of flash_attention, paged_attention, kv_write, quant_matmul; platforms it runs on
+_MODULES: dict[str, tuple[tuple[Any, Any, Any, Any], tuple[str, ...]]] = {
+    "reference": ((flash_reference, paged_reference, write_reference, quant_reference), PLATFORMS),
+    "xla": ((flash_xla, paged_xla, write_xla, quant_xla), PLATFORMS),
+    "tpu": ((flash_tpu, paged_tpu, write_tpu, quant_xla), ("tpu",)),
+    "mosaic_gpu": ((flash_mosaic_gpu, paged_mosaic_gpu, write_mosaic_gpu, quant_xla), ("gpu",)),
     # The TPU's kernels, run by Pallas's interpreter: how they are tested without a TPU.
-    "interpret": ((flash_tpu, paged_tpu, write_tpu), ("cpu",)),
+    "interpret": ((flash_tpu, paged_tpu, write_tpu, quant_xla), ("cpu",)),
 }
 IMPLEMENTATIONS = tuple(_MODULES)
 
@@ -62,6 +65,7 @@ class Ops:
     paged_attention: Callable[..., jax.Array]
     copy_pages: Callable[..., Any]
     flash_attention: Callable[..., jax.Array]
+    quant_matmul: Callable[..., jax.Array]
 
 
 def available(platform: str) -> tuple[str, ...]:
@@ -127,7 +131,7 @@ def _resolve(impl: str, target: Target, spec: Spec | None) -> Ops:
 
 def _why_not(name: str, target: Target, spec: Spec | None) -> str | None:
     """Why `name` cannot do `spec` on `target`; None when it can."""
-    flash_module, paged, _ = _MODULES[name][0]
+    flash_module, paged, _, _ = _MODULES[name][0]
     module = flash_module if spec is not None and spec.page_size is None else paged
     return module.unsupported(spec, _on(name, target))
 
@@ -137,7 +141,7 @@ def _on(name: str, target: Target) -> Target:
 
 
 def _build(name: str, target: Target, reason: str) -> Ops:
-    (flash_module, paged, writer), _ = _MODULES[name]
+    (flash_module, paged, writer, quant), _ = _MODULES[name]
     target = _on(name, target)
     return Ops(
         name=name,
@@ -149,4 +153,5 @@ def _build(name: str, target: Target, reason: str) -> Ops:
         paged_attention=partial(paged.paged_attention, target=target),
         copy_pages=paged.copy_pages,
         flash_attention=flash.attention(flash_module, target),
+        quant_matmul=partial(quant.quant_matmul, target=target),
     )

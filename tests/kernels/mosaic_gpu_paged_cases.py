@@ -42,6 +42,7 @@ def interpreted(decode: DecodeConfig) -> Ops:
         ),
         copy_pages=mosaic_gpu.copy_pages,
         flash_attention=None,
+        quant_matmul=None,
     )
 
 

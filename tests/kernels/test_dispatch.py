@@ -99,9 +99,9 @@ def _refuse_wide_heads(spec: Spec | None, target: Target) -> str | None:
 def chip(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
     """A chip of kind gpu with an implementation "narrow" that cannot do every head dim, before
     "xla" in what auto takes there. Each test has its own: what is resolved once is remembered."""
-    flash, paged, write = dispatch._MODULES["xla"][0]
+    flash, paged, write, quant = dispatch._MODULES["xla"][0]
     fake = SimpleNamespace(**{**vars(paged), "unsupported": _refuse_wide_heads})
-    monkeypatch.setitem(dispatch._MODULES, "narrow", ((flash, fake, write), ("gpu",)))
+    monkeypatch.setitem(dispatch._MODULES, "narrow", ((flash, fake, write, quant), ("gpu",)))
     monkeypatch.setitem(dispatch._AUTO, "gpu", ("narrow", "xla"))
     return request.node.name
 

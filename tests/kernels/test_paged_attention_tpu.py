@@ -45,6 +45,7 @@ def ops_of(target: Target, config: Any = None) -> Ops:
         paged_attention=partial(tpu.paged_attention, target=target, config=config),
         copy_pages=tpu.copy_pages,
         flash_attention=lambda *_, **__: jnp.zeros(()),  # not asked for here
+        quant_matmul=lambda *_, **__: jnp.zeros(()),
     )
 
 
