@@ -8,11 +8,12 @@ ModelConfig is `jaxinfer/weights`.
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxinfer.errors import ConfigError
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
+QuantizationName = Literal["int8", "int8_weight_only", "int4", "int4_asymmetric", "fp8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,6 @@ class ModelConfig:
 
 
 _LATER = {
-    "quantization": "quantised compute",
     "kv_cache_dtype": "quantised KV pages",
     "pipeline_parallel_size": "several devices",
     "data_parallel_size": "several devices",
@@ -127,6 +127,10 @@ _RENAMED = {
 }
 
 
+_SWITCHES = ("skip_tokenizer_init", "enable_prefix_caching", "async_scheduling", "strict")
+_SWITCHES += ("quantize_lm_head",)
+_OPTIONAL = ("max_model_len", "num_pages", "kv_cache_memory_bytes", "max_num_seqs")
+_OPTIONAL += ("max_num_batched_tokens", "quantization_group_size")
 _TEXTS = ("tokenizer", "revision", "chat_template", "compilation_cache_dir", "attention_impl")
 
 
@@ -146,6 +150,16 @@ class EngineConfig:
     """Serve token ids only."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights and pages; "auto": the checkpoint's on GPU and TPU, float32 on a CPU."""
+    quantization: QuantizationName | None = None
+    """Quantise the layers' matrices while they load: "int8" (weights and activations),
+    "int8_weight_only", "int4" (symmetric), "int4_asymmetric" (with zero points), "fp8" (e4m3
+    weights and activations). Norms, biases, the embedding and the output head stay float."""
+    quantization_group_size: int | None = None
+    """Weights that share a scale under int4; None: the largest of 128, 64, 32 that divides the
+    inputs of every matrix, which is printed."""
+    quantize_lm_head: bool = False
+    """Quantise the output head too, to 8 bits under int4; where it is tied to the embedding table,
+    both."""
     load_format: Literal["auto", "dummy"] = "auto"
     """"dummy": random weights for a config (no weight file is read), for benchmarks."""
     hf_overrides: dict[str, Any] | None = None
@@ -224,12 +238,10 @@ class EngineConfig:
             ("max_logprobs", -1),
             ("seed", -(2**63)),
             ("tensor_parallel_size", 1),
+            ("quantization_group_size", 2),
         ):
             value = getattr(self, name)
-            optional = name in ("max_model_len", "num_pages", "kv_cache_memory_bytes") or (
-                name in ("max_num_seqs", "max_num_batched_tokens")
-            )
-            if value is None and optional:
+            if value is None and name in _OPTIONAL:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name} must be an integer >= {low}; got {value!r}", field=name)
@@ -248,12 +260,14 @@ class EngineConfig:
     def _check_choices(self) -> None:
         for name, choices in (
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
+            ("quantization", (None, *get_args(QuantizationName))),
             ("load_format", ("auto", "dummy")),
             ("scheduling_policy", ("fcfs", "priority")),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(
-                    f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}",
+                    f"{name} must be one of {', '.join(map(str, choices))}; got "
+                    f"{getattr(self, name)!r}",
                     field=name,
                 )
         share = self.gpu_memory_utilization
@@ -262,7 +276,7 @@ class EngineConfig:
                 f"gpu_memory_utilization must be in (0, 1]; got {share!r}",
                 field="gpu_memory_utilization",
             )
-        for name in ("skip_tokenizer_init", "enable_prefix_caching", "async_scheduling", "strict"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(
                     f"{name} must be True or False; got {getattr(self, name)!r}", field=name

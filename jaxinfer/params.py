@@ -48,7 +48,9 @@ class Rule:
 
     `{l}` in name and path stands for every layer. Several rules may name one tensor (a fused
     projection). `axes` are the logical axes of the result; with the configuration they give its
-    shape. `dtype` is None for the model's dtype; norms keep float32.
+    shape. `dtype` is None for the model's dtype; norms keep float32. `contracted` are the axes, by
+    number, that the matmul with the weight sums over, along which it can be quantised; none where
+    it is in no matmul.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Rule:
     transform: Transform
     axes: tuple[str, ...]
     dtype: str | None = None
+    contracted: tuple[int, ...] = ()
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Shape of the leaf at `path`."""
@@ -177,11 +180,11 @@ def assemble(
 ) -> dict[str, Any]:
     """The parameter tree of a checkpoint: a nested dict whose leaves are what `put` returned.
 
-    `shapes` is the nested dict of expected leaves (anything with `.shape` and `.dtype`),
-    `put(array, path)` takes a host array of that shape and dtype (perhaps a strided view) to its
-    device, `ignored` are name patterns (fnmatch) that a checkpoint may hold unused, `path` names
-    the file in messages, `progress(name, done, total)` is told after each tensor how many stored
-    elements are done.
+    `shapes` is the nested dict of expected leaves (anything with `.shape` and `.dtype`, which may
+    be None: as the tensor is read), `put(array, path)` takes a host array of that shape and dtype
+    (perhaps a strided view) to its device, or quantises it, `ignored` are name patterns (fnmatch)
+    that a checkpoint may hold unused, `path` names the file in messages, `progress(name, done,
+    total)` is told after each tensor how many stored elements are done.
 
     Raises ModelFormatError, before anything is read, that lists every missing, unused and
     mis-shaped tensor (the first ten); and, while reading, for a tensor with NaN or infinity.
@@ -224,8 +227,13 @@ def _leaves(
     _check_values(array, name, reader.infos[name].shape, path)
     leaves = []
     for rule in tensor_rules:
+        value = rule.transform(array, config)
+        dtype = expected[rule.path].dtype
+        if dtype is None:  # numpy would take it for float64
+            leaves.append((rule.path, put(value, rule.path)))
+            continue
         with np.errstate(over="ignore"):  # reported below, as an error
-            value = rule.transform(array, config).astype(expected[rule.path].dtype, copy=False)
+            value = value.astype(dtype, copy=False)
         if value.dtype.name == "float16" and not is_finite(value):
             raise ModelFormatError(
                 f"{name} of {path} overflows float16 (largest magnitude 65504); "

@@ -22,11 +22,18 @@ from jaxinfer.engine import Engine
 from jaxinfer.errors import ConfigError, InvalidRequestError
 from jaxinfer.intake import Intake
 from jaxinfer.models import Model
+from jaxinfer.quant import schemes
 from jaxinfer.request import Row, StepPlan
 from jaxinfer.runner import Runner, use_compile_cache
 from jaxinfer.scheduling.pages import PagePool
 from jaxinfer.scheduling.scheduler import Scheduler
-from jaxinfer.setup_model import choose_dtype, load_params, open_tokenizer, resolve_ops
+from jaxinfer.setup_model import (
+    choose_dtype,
+    load_params,
+    open_tokenizer,
+    quantised,
+    resolve_ops,
+)
 from jaxinfer.speculative.config import SpeculativeConfig
 from jaxinfer.speculative.speculator import Speculator
 from jaxinfer.tokenizer import Tokenizer
@@ -77,7 +84,7 @@ def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
         dtype = choose_dtype(config, source.config, platform)
         config = dataclasses.replace(config, page_size=_page_size(config, platform))
         ops = resolve_ops(config, source.config, dtype, platform)
-        model = models.build(source.config, ops, dtype)
+        model = quantised(config, models.build(source.config, ops, dtype), source)
         tokenizer = open_tokenizer(config, source)
         draft = None
         if speculative is not None and speculative.model is not None:
@@ -95,6 +102,12 @@ def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
         )
         if verbose:
             _say(f"attention: {ops.name} ({ops.reason})\n{plan}")
+            if config.quantization is not None:
+                _say(
+                    schemes.describe(
+                        config.quantization, model.formats, model.rules, model.config, dtype
+                    )
+                )
         pool = PagePool(plan.num_pages, plan.page_size)
         runner = _runner(config, model, tokenizer, plan, lanes)
         speculator = None
@@ -135,6 +148,14 @@ def _refuse_contradictions(config: EngineConfig) -> None:
     for name in ("tokenizer", "chat_template"):
         if config.skip_tokenizer_init and getattr(config, name) is not None:
             raise ConfigError(f"{name} has no meaning with skip_tokenizer_init=True", field=name)
+    for name, unset in (("quantization_group_size", None), ("quantize_lm_head", False)):
+        value = getattr(config, name)
+        if config.quantization is None and value != unset:
+            raise ConfigError(
+                f"{name}={value} has no meaning without quantization; name a scheme, or leave it "
+                f"out",
+                field=name,
+            )
 
 
 def _say(text: str) -> None:

@@ -1,5 +1,8 @@
 """What a model, or a draft model, gets from an EngineConfig: dtype, kernels, tokenizer, weights."""
 
+from dataclasses import replace
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -8,6 +11,10 @@ from jaxinfer import weights
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.models import Model
+from jaxinfer.params import flatten
+from jaxinfer.quant import schemes
+from jaxinfer.quant.arrays import QuantArray
+from jaxinfer.quant.rounding import quantise
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.weights import memory
 from pallas_kernels import dispatch
@@ -36,6 +43,27 @@ def resolve_ops(
         raise ConfigError(f"attention_impl: {error}", field="attention_impl") from None
 
 
+def quantised(config: EngineConfig, model: Model, source: weights.ModelSource) -> Model:
+    """The model with the weights quantised that `config.quantization` says."""
+    if config.quantization is None:
+        return model
+    if source.quantised is not None:
+        raise ConfigError(
+            f"quantization={config.quantization!r} would round weights a second time that "
+            f"{source.path} has as {source.quantised.describe()}; leave quantization out, or name "
+            "the float checkpoint",
+            field="quantization",
+        )
+    formats = schemes.choose(
+        config.quantization,
+        model.rules,
+        model.config,
+        group_size=config.quantization_group_size,
+        head=config.quantize_lm_head,
+    )
+    return replace(model, formats=formats)
+
+
 def open_tokenizer(config: EngineConfig, source: weights.ModelSource) -> Tokenizer | None:
     if config.skip_tokenizer_init:
         return None
@@ -57,7 +85,12 @@ def load_params(
     if config.load_format == "dummy":
         return model.init_params(jax.random.key(config.seed & 0xFFFFFFFF))
 
-    def put(array: np.ndarray, path: str) -> jax.Array:
+    expected = flatten(model.shapes())
+
+    def put(array: np.ndarray, path: str) -> Any:
+        leaf = expected[path]
+        if isinstance(leaf, QuantArray):
+            return jax.device_put(quantise(array, leaf, path))
         # An array in a mapped file would change with the file, if a CPU took it over as it is.
         return jax.device_put(memory.owned(array))
 

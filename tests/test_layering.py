@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scheduling": HOST,
     "speculative": HOST,
     "params": {"config", "errors"},
-    "quant": {"errors", "params"},
+    "quant": {"config", "errors", "params", "jax", "pallas_kernels"},
     "chat_template": HOST,
     "gguf_tokenizer": HOST | {"tokenizer_files"},
     "tokenizer": HOST | {"chat_template", "gguf_tokenizer", "tokenizer_files"},
@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "intake": HOST | {"tokenizer"},
     "weights": {"config", "errors", "params", "quant"},
     "bias": {"request", "sampling_params"},
-    "models": {"config", "errors", "params", "jax", "flax", "pallas_kernels"},
+    "models": {"config", "errors", "params", "quant", "jax", "flax", "pallas_kernels"},
     "buckets": {"request"},
     "batch": {"buckets", "request", "jax", "pallas_kernels"},
     "kv_cache": {"config", "errors", "models", "jax"},
@@ -76,7 +76,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer",
         "jax",
     },
-    "setup_model": HOST | {"models", "tokenizer", "weights", "jax", "pallas_kernels"},
+    "setup_model": HOST
+    | {"models", "params", "quant", "tokenizer", "weights", "jax", "pallas_kernels"},
     "setup_draft": HOST
     | {
         "batch",
@@ -100,6 +101,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "intake",
         "kv_cache",
         "models",
+        "params",
+        "quant",
         "runner",
         "scheduling",
         "setup_draft",

@@ -35,7 +35,7 @@ class Block(nn.Module):
         with jax.named_scope("residual"):
             x = x + attended
         normed = RMSNorm(config.norm_eps, name="mlp_norm")(x)
-        fed = MLP(config, self.dtype, name="mlp")(normed)
+        fed = MLP(config, self.ops, self.dtype, name="mlp")(normed)
         fed = RMSNorm(config.norm_eps, name="mlp_post_norm")(fed)
         with jax.named_scope("residual"):
             return x + fed, pages

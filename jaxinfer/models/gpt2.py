@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.models.layers import MLP, Attention, LayerNorm, Rotation
+from jaxinfer.models.llama import matrix_rule
 from jaxinfer.params import Rule, Transform, embed_by_vocab, expect, unchanged, vocab_by_embed
 
 # Causal masks that old checkpoints store as buffers.
@@ -35,7 +36,7 @@ class Block(nn.Module):
         with jax.named_scope("residual"):
             x = x + attended
         normed = LayerNorm(config.norm_eps, name="mlp_norm")(x)
-        fed = MLP(config, self.dtype, gated=False, name="mlp")(normed)
+        fed = MLP(config, self.ops, self.dtype, gated=False, name="mlp")(normed)
         with jax.named_scope("residual"):
             return x + fed, pages
 
@@ -62,18 +63,19 @@ def rules(config: ModelConfig) -> tuple[Rule, ...]:
     """The weights of a GPT-2."""
     layer = "transformer.h.{l}."
     table = [
-        Rule("transformer.wte.weight", "embed", vocab_by_embed, ("vocab", "embed")),
+        matrix_rule("transformer.wte", "embed", vocab_by_embed, ("vocab", "embed"), (1,)),
         Rule("transformer.wpe.weight", "positions", unchanged, ("position", "embed")),
-        Rule(
-            layer + "attn.c_proj.weight",
+        matrix_rule(
+            layer + "attn.c_proj",
             "layers_{l}/attn/o",
             out_heads,
             ("heads", "head_dim", "embed"),
+            (0, 1),
         ),
         Rule(layer + "attn.c_proj.bias", "layers_{l}/attn/o_bias", unchanged, ("embed",)),
-        Rule(layer + "mlp.c_fc.weight", "layers_{l}/mlp/up", unchanged, ("embed", "mlp")),
+        matrix_rule(layer + "mlp.c_fc", "layers_{l}/mlp/up", unchanged, ("embed", "mlp"), (0,)),
         Rule(layer + "mlp.c_fc.bias", "layers_{l}/mlp/up_bias", unchanged, ("mlp",)),
-        Rule(layer + "mlp.c_proj.weight", "layers_{l}/mlp/down", unchanged, ("mlp", "embed")),
+        matrix_rule(layer + "mlp.c_proj", "layers_{l}/mlp/down", unchanged, ("mlp", "embed"), (0,)),
         Rule(layer + "mlp.c_proj.bias", "layers_{l}/mlp/down_bias", unchanged, ("embed",)),
     ]
     for part, (letter, heads) in enumerate((("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))):
@@ -81,7 +83,7 @@ def rules(config: ModelConfig) -> tuple[Rule, ...]:
         bias: Transform = functools.partial(split_bias, part=part)
         path = f"layers_{{l}}/attn/{letter}"
         table += [
-            Rule(layer + "attn.c_attn.weight", path, weight, ("embed", heads, "head_dim")),
+            matrix_rule(layer + "attn.c_attn", path, weight, ("embed", heads, "head_dim"), (0,)),
             Rule(layer + "attn.c_attn.bias", f"{path}_bias", bias, (heads, "head_dim")),
         ]
     norms = ((layer + "ln_1", "layers_{l}/attn_norm"), (layer + "ln_2", "layers_{l}/mlp_norm"))
@@ -91,5 +93,5 @@ def rules(config: ModelConfig) -> tuple[Rule, ...]:
             Rule(f"{name}.bias", f"{path}/bias", unchanged, ("norm",), "float32"),
         ]
     if not config.tie_embeddings:
-        table.append(Rule("lm_head.weight", "lm_head", embed_by_vocab, ("embed", "vocab")))
+        table.append(matrix_rule("lm_head", "lm_head", embed_by_vocab, ("embed", "vocab"), (0,)))
     return tuple(table)

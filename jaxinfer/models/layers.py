@@ -1,8 +1,9 @@
 """The parts of decoders: norms, rotary embedding, attention over pages, MLPs, embedding, logits.
 
 Modules are Flax Linen, used functionally: they hold configuration and no state. Every weight is
-obtained in one place, `weight`. Matmuls take operands in the model dtype and accumulate in float32;
-norms, rotations and logits are computed in float32. Pages are opaque: only `ops` looks into them.
+obtained in one place, `weight`, and multiplied in one, `quant.einsum`, quantised or not. Matmuls
+take operands in the model dtype and accumulate in float32; norms, rotations and logits are computed
+in float32. Pages are opaque: only `ops` looks into them.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.config import ModelConfig, RopeConfig
+from jaxinfer.quant.arrays import einsum, take
 
 Rotation = tuple[jax.Array, jax.Array]
 
@@ -28,19 +30,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], dtype: str) -> Any:
     """The module's parameter `name`, declared with `shape` and `dtype` where it is not given.
 
-    A given one is returned as it is; its shape was checked when it was loaded.
+    A given one, an array or a QuantArray, is returned as it is; its shape was checked when it was
+    loaded.
     """
     if module.has_variable("params", name):
         return module.get_variable("params", name)
     return module.param(name, nn.initializers.normal(0.02), shape, jnp.dtype(dtype))
-
-
-def einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """`einsum(spec, x, w)` accumulated and returned in float32; the first axis of x is rows."""
-    if len(x) == 1 and x.dtype != jnp.float32:
-        # XLA:CPU converts the whole weight to float32 for one row of bfloat16, not for two.
-        return einsum(spec, jnp.concatenate([x, x]), w)[:1]
-    return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)
 
 
 class RMSNorm(nn.Module):
@@ -129,7 +124,7 @@ class Attention(nn.Module):
         """x [T, D] times weight `name` [D, N, H], with its bias where the model has one."""
         shape = (num_heads, self.config.head_dim)
         w = weight(self, name, (self.config.hidden_size, *shape), self.dtype)
-        y = einsum("td,dnh->tnh", x, w)
+        y = einsum("td,dnh->tnh", x, w, self.ops.quant_matmul)
         if self.config.qkv_bias:
             y += weight(self, f"{name}_bias", shape, self.dtype).astype(jnp.float32)
         return y.astype(self.dtype)
@@ -159,10 +154,9 @@ class Attention(nn.Module):
                 soft_cap=config.attn_soft_cap,
             )
         with jax.named_scope("out"):
-            # Two contracted axes would make XLA:CPU copy the weight; merged into one they are free.
             shape = (config.num_heads, config.head_dim, config.hidden_size)
-            o = weight(self, "o", shape, self.dtype).reshape(-1, config.hidden_size)
-            y = einsum("tx,xd->td", attended.reshape(len(x), -1), o)
+            o = weight(self, "o", shape, self.dtype)
+            y = einsum("tnh,nhd->td", attended, o, self.ops.quant_matmul)
             if config.out_bias:
                 bias = weight(self, "o_bias", (config.hidden_size,), self.dtype)
                 y += bias.astype(jnp.float32)
@@ -173,6 +167,7 @@ class MLP(nn.Module):
     """x [T, D] -> [T, D]: down(act(gate(x)) * up(x)) where `gated`, else down(act(up(x)))."""
 
     config: ModelConfig
+    ops: Any
     dtype: str
     gated: bool = True
 
@@ -180,7 +175,8 @@ class MLP(nn.Module):
     def project(self, spec: str, name: str, x: jax.Array, shape: tuple[int, int]) -> jax.Array:
         """x times weight `name`, with its bias where the model has one; float32."""
         with jax.named_scope(name):
-            y = einsum(spec, x, weight(self, name, shape, self.dtype))
+            w = weight(self, name, shape, self.dtype)
+            y = einsum(spec, x, w, self.ops.quant_matmul)
             if self.config.mlp_bias:
                 y += weight(self, f"{name}_bias", shape[1:], self.dtype).astype(jnp.float32)
             return y
@@ -260,7 +256,7 @@ class Decoder(nn.Module):
         """Rows of the table, scaled; with learned positions added where there is no rotation."""
         config = self.config
         table = weight(self, "embed", (config.vocab_size, config.hidden_size), self.dtype)
-        x = jnp.take(table, tokens, axis=0, mode="clip")
+        x = take(table, tokens, self.dtype)
         if config.embed_scale != 1.0:
             x = x * jnp.asarray(config.embed_scale, self.dtype)
         if config.rope is None:
@@ -270,13 +266,13 @@ class Decoder(nn.Module):
         return x
 
 
-def unembed(params: dict[str, Any], hidden: jax.Array, config: ModelConfig) -> jax.Array:
+def unembed(params: dict[str, Any], hidden: jax.Array, config: ModelConfig, ops: Any) -> jax.Array:
     """hidden [R, D] -> logits float32 [R, V], by the tied embedding or `lm_head`, soft-capped."""
     with jax.named_scope("logits"):
         if config.tie_embeddings:
-            logits = einsum("rd,vd->rv", hidden, params["embed"])
+            logits = einsum("rd,vd->rv", hidden, params["embed"], ops.quant_matmul)
         else:
-            logits = einsum("rd,dv->rv", hidden, params["lm_head"])
+            logits = einsum("rd,dv->rv", hidden, params["lm_head"], ops.quant_matmul)
         if config.final_soft_cap is not None:
             cap = jnp.float32(config.final_soft_cap)
             logits = cap * jnp.tanh(logits / cap)

@@ -13,6 +13,7 @@ from jaxinfer.config import ModelConfig
 from jaxinfer.models.layers import MLP, Attention, RMSNorm, Rotation
 from jaxinfer.params import (
     Rule,
+    Transform,
     embed_by_vocab,
     kv_bias,
     kv_heads,
@@ -46,7 +47,7 @@ class Block(nn.Module):
         with jax.named_scope("residual"):
             x = x + attended
         normed = RMSNorm(config.norm_eps, name="mlp_norm")(x)
-        fed = MLP(config, self.dtype, name="mlp")(normed)
+        fed = MLP(config, self.ops, self.dtype, name="mlp")(normed)
         with jax.named_scope("residual"):
             return x + fed, pages
 
@@ -66,30 +67,38 @@ def norm_rule(name: str, path: str, axis: str = "norm", transform=unchanged) -> 
     return Rule(f"model.{name}.weight", f"{path}/scale", transform, (axis,), "float32")
 
 
+def matrix_rule(
+    name: str, path: str, transform: Transform, axes: tuple[str, ...], contracted: tuple[int, ...]
+) -> Rule:
+    """Rule of a matrix that a matmul sums over the axes `contracted` of."""
+    return Rule(f"{name}.weight", path, transform, axes, contracted=contracted)
+
+
 def projection_rules(config: ModelConfig) -> tuple[Rule, ...]:
     """Rules of the matrices that Llama and all that follow its names have."""
     attn, mlp = "model.layers.{l}.self_attn.", "model.layers.{l}.mlp."
     table = (
-        Rule("model.embed_tokens.weight", "embed", vocab_by_embed, ("vocab", "embed")),
-        Rule(
-            attn + "q_proj.weight", "layers_{l}/attn/q", query_heads, ("embed", "heads", "head_dim")
+        matrix_rule("model.embed_tokens", "embed", vocab_by_embed, ("vocab", "embed"), (1,)),
+        matrix_rule(
+            attn + "q_proj", "layers_{l}/attn/q", query_heads, ("embed", "heads", "head_dim"), (0,)
         ),
-        Rule(
-            attn + "k_proj.weight", "layers_{l}/attn/k", kv_heads, ("embed", "kv_heads", "head_dim")
+        matrix_rule(
+            attn + "k_proj", "layers_{l}/attn/k", kv_heads, ("embed", "kv_heads", "head_dim"), (0,)
         ),
-        Rule(
-            attn + "v_proj.weight", "layers_{l}/attn/v", kv_heads, ("embed", "kv_heads", "head_dim")
+        matrix_rule(
+            attn + "v_proj", "layers_{l}/attn/v", kv_heads, ("embed", "kv_heads", "head_dim"), (0,)
         ),
-        Rule(
-            attn + "o_proj.weight", "layers_{l}/attn/o", out_heads, ("heads", "head_dim", "embed")
+        matrix_rule(
+            attn + "o_proj", "layers_{l}/attn/o", out_heads, ("heads", "head_dim", "embed"), (0, 1)
         ),
-        Rule(mlp + "gate_proj.weight", "layers_{l}/mlp/gate", mlp_in, ("embed", "mlp")),
-        Rule(mlp + "up_proj.weight", "layers_{l}/mlp/up", mlp_in, ("embed", "mlp")),
-        Rule(mlp + "down_proj.weight", "layers_{l}/mlp/down", mlp_out, ("mlp", "embed")),
+        matrix_rule(mlp + "gate_proj", "layers_{l}/mlp/gate", mlp_in, ("embed", "mlp"), (0,)),
+        matrix_rule(mlp + "up_proj", "layers_{l}/mlp/up", mlp_in, ("embed", "mlp"), (0,)),
+        matrix_rule(mlp + "down_proj", "layers_{l}/mlp/down", mlp_out, ("mlp", "embed"), (0,)),
     )
     if config.tie_embeddings:
         return table
-    return (*table, Rule("lm_head.weight", "lm_head", embed_by_vocab, ("embed", "vocab")))
+    head = matrix_rule("lm_head", "lm_head", embed_by_vocab, ("embed", "vocab"), (0,))
+    return (*table, head)
 
 
 def bias_rules(config: ModelConfig) -> tuple[Rule, ...]:

@@ -10,10 +10,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.models.layers import unembed
 from jaxinfer.params import Rule, expand, flatten, unflatten
+from jaxinfer.quant.arrays import QuantArray
+from jaxinfer.quant.rounding import quantise
+from jaxinfer.quant.schemes import Formats
 
 Params = dict[str, Any]
 
@@ -21,7 +25,8 @@ Params = dict[str, Any]
 @dataclass(frozen=True)
 class Model:
     """What to compute (`module`), which checkpoint tensors it needs (`rules`) or may leave unused
-    (`ignored`, fnmatch patterns). `dtype` is that of matmul weights, activations and pages.
+    (`ignored`, fnmatch patterns). `dtype` is that of matmul weights, activations and pages;
+    `formats` says which weights are QuantArrays instead, and how they are quantised.
     """
 
     config: ModelConfig
@@ -30,6 +35,7 @@ class Model:
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...]
     module: nn.Module
+    formats: Formats = ()
 
     def forward(
         self, params: Params, pages: tuple, tokens: jax.Array, positions: jax.Array, ragged: Any
@@ -40,17 +46,20 @@ class Model:
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """hidden [R, D] of `forward` -> logits float32 [R, V], soft-capped if the model does so."""
-        return unembed(params, hidden, self.config)
+        return unembed(params, hidden, self.config, self.ops)
 
     def shapes(self) -> Params:
-        """The parameter tree with a jax.ShapeDtypeStruct at every leaf."""
+        """The parameter tree with a jax.ShapeDtypeStruct at every leaf, or a QuantArray of them."""
+        formats = dict(self.formats)
+
+        def leaf(rule: Rule) -> Any:
+            shape = rule.shape(self.config)
+            if rule.path in formats:
+                return QuantArray.of_shape(shape, rule.contracted, formats[rule.path])
+            return jax.ShapeDtypeStruct(shape, jnp.dtype(rule.dtype or self.dtype))
+
         return unflatten(
-            {
-                rule.path: jax.ShapeDtypeStruct(
-                    rule.shape(self.config), jnp.dtype(rule.dtype or self.dtype)
-                )
-                for rule in expand(self.rules, self.config.num_layers)
-            }
+            {rule.path: leaf(rule) for rule in expand(self.rules, self.config.num_layers)}
         )
 
     def axes(self) -> Params:
@@ -62,7 +71,8 @@ class Model:
     def init_params(self, key: jax.Array) -> Params:
         """Random parameters: N(0, 0.02) matrices, norms one, their biases zero; leaf by leaf.
 
-        A leaf's values depend on `key` and on its path alone.
+        A leaf's values depend on `key` and on its path alone. Those that are to be quantised are,
+        on the host, from the float32 values.
         """
         leaves = {}
         for path, leaf in flatten(self.shapes()).items():
@@ -72,8 +82,11 @@ class Model:
                 leaves[path] = jnp.zeros(leaf.shape, leaf.dtype)
             else:
                 leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-                scale = jnp.asarray(0.02, leaf.dtype)
-                leaves[path] = jax.random.normal(leaf_key, leaf.shape, leaf.dtype) * scale
+                dtype = leaf.dtype or jnp.dtype("float32")
+                values = jax.random.normal(leaf_key, leaf.shape, dtype) * jnp.asarray(0.02, dtype)
+                if isinstance(leaf, QuantArray):
+                    values = jax.device_put(quantise(np.asarray(values), leaf, path))
+                leaves[path] = values
         return unflatten(leaves)
 
     def allocate(self, num_pages: int, page_size: int) -> tuple:

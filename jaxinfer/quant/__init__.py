@@ -1,1 +1,1 @@
-"""Quantised weights: how checkpoints pack them, and how they are computed on."""
+"""Quantised weights: how checkpoints pack them (host only), and how they are computed on."""
