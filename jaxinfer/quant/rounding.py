@@ -51,7 +51,7 @@ def quantise(array: np.ndarray, leaf: QuantArray, name: str) -> QuantArray:
         values = values.reshape(rows.shape)
         data[block] = pack_int4(values, group) if format.dtype == "int4" else values
         scales[block] = scale if format.group_size else scale[:, 0]
-        if zeros is not None:
+        if zeros is not None and zero is not None:
             zeros[block] = zero
     return QuantArray(data, scales, zeros, format, leaf.shape, leaf.contracted)
 

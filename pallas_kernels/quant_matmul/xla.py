@@ -1,10 +1,11 @@
 """The quantised matmul as XLA does it best: fused on accelerators, in integers or tiles on a CPU.
 
-An accelerator's XLA fuses the conversion of a weight into its matmul. XLA:CPU does not: it would
-write the whole float weight to memory in every step, eight times slower. What it has is a fast
-int8 x int8 -> int32 dot (from 8 rows on) and a fast float dot, so there
+On accelerators the conversion of a weight is written beside its matmul, for XLA to fuse. XLA:CPU
+does not: it would write the whole float weight to memory in every step, and take 8 to 12 times as
+long as with a float weight (up to 8 rows, K 576, N 1536). What it has is a fast dot of int8 into
+int32 and a fast float dot, so there
 
-- int8 with int8 activations is that dot, its rows padded to 8;
+- int8 with int8 activations is that dot, a single row padded to two;
 - int8 with few float rows splits each row into three int8 digits, 24 bits in all, and is that dot
   over three times the rows: the weight is read once, as int8;
 - everything else takes the weight a tile of outputs at a time, which turns to float and is
@@ -18,11 +19,12 @@ from jax import lax
 from pallas_kernels.common import Target, quantise
 from pallas_kernels.quant_matmul import Format, dequantise, int4_halves, validate
 
-# XLA:CPU multiplies int8 by a naive loop below some rows (13 times slower at 1), not from 8 on.
-MIN_INT8_ROWS = 8
-# Rows up to which three int8 dots beat tiles: 0.21 against 0.28 ms at 8, 0.48 against 0.42 at 24
-# (K 576, N 1536); the two meet between 12 and 16 there and at 2048 x 8192.
-MAX_SPLIT_ROWS = 12
+# XLA:CPU multiplies one int8 row by a naive loop, which takes 14 to 47 times as long as two rows.
+# Eight take longer than two: 3.4 against 1.8 ms at 2048 x 8192.
+MIN_INT8_ROWS = 2
+# Rows up to which three int8 dots beat tiles: 0.21 against 0.28 ms at 8, 0.35 against 0.39 at 16,
+# 0.48 against 0.42 at 24 (K 576, N 1536); at 2048 x 8192 they are equal at 16.
+MAX_SPLIT_ROWS = 16
 # Weights of a tile. Its float32 form takes four times the bytes: half of a core's L2 cache.
 TILE_SIZE = 2**17
 
@@ -162,8 +164,8 @@ def _e4m3_to_float32(bits: jax.Array) -> jax.Array:
     """The bits (uint8) of finite float8_e4m3fn numbers, as float32: they are those of a float16,
     2**-8 times the value.
 
-    Twice as fast as XLA:CPU's own conversion; subnormals are exact, because the hardware's
-    conversion from float16 keeps them.
+    1.2 to 1.4 times as fast as XLA:CPU's own conversion; subnormals are exact, because the
+    hardware's conversion from float16 keeps them.
     """
     bits = bits.astype(jnp.uint16)
     half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
@@ -173,7 +175,7 @@ def _e4m3_to_float32(bits: jax.Array) -> jax.Array:
 def _fused(
     x: jax.Array, data: jax.Array, scales: jax.Array, zeros: jax.Array | None, format: Format
 ) -> jax.Array:
-    """The weight in x's dtype, which XLA converts within the matmul on accelerators.
+    """The weight in x's dtype, converted where an accelerator's XLA can fuse it with the matmul.
 
     Values of int8, int4 and fp8 are exact in every x's dtype; scales of groups are applied before
     the sum, so that a weight is rounded to x's dtype with them.

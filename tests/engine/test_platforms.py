@@ -1,6 +1,7 @@
 """The same step lowers for CPU, TPU and GPU with the kernel that "auto" takes there. Compiling it
 needs the platform's compiler: `python -m pallas_kernels.aot` does that."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jaxinfer import aot, kv_cache, models
 from jaxinfer.batch import Layout
 from jaxinfer.buckets import Bucket
+from jaxinfer.quant import schemes
 from jaxinfer.step import step
 from jaxinfer.weights import config_from_hf
 from pallas_kernels import Spec, dispatch
@@ -47,24 +49,53 @@ def test_the_step_lowers(platform, dtype, head_dim, kernel):
     ops = dispatch.resolve("auto", platform, spec=spec)
     assert ops.name == kernel
     model = models.build(config, ops, dtype)
-    pages = jax.eval_shape(partial(kv_cache.allocate, model, 9, 16))
     for bucket in (Bucket(8, 8), Bucket(32, 8)):
-        layout = Layout(bucket, pages_per_row=4)
-        function = partial(step, model, layout, num_top=5, valid_vocab=259)
-        arguments = (
-            model.shapes(),
-            pages,
-            jax.ShapeDtypeStruct((9, model.config.vocab_size), jnp.float32),
-            jax.ShapeDtypeStruct((8,), jnp.int32),
-            jax.ShapeDtypeStruct((layout.size,), jnp.int32),
-        )
-        with use_abstract_mesh(AbstractMesh((), (), abstract_device=CHIP[platform])):
-            traced = jax.jit(function, donate_argnames="pages").trace(*arguments)
-            text = traced.lower(lowering_platforms=(platform,)).as_text()
+        text, num_arrays = lowered(model, bucket, platform)
         assert all((call in text) == (name == kernel) for name, call in KERNEL_CALL.items())
         # The pool is donated: every one of its arrays names the output that takes its place.
         donated = text.count("tf.aliasing_output") + text.count("jax.buffer_donor")
-        assert donated >= len(jax.tree_util.tree_leaves(pages))
+        assert donated >= num_arrays
+
+
+def lowered(model: models.Model, bucket: Bucket, platform: str) -> tuple[str, int]:
+    """The step as StableHLO for `platform`, and how many arrays its pages are."""
+    pages = jax.eval_shape(partial(kv_cache.allocate, model, 9, 16))
+    layout = Layout(bucket, pages_per_row=4)
+    function = partial(step, model, layout, num_top=5, valid_vocab=259)
+    arguments = (
+        model.shapes(),
+        pages,
+        jax.ShapeDtypeStruct((9, model.config.vocab_size), jnp.float32),
+        jax.ShapeDtypeStruct((8,), jnp.int32),
+        jax.ShapeDtypeStruct((layout.size,), jnp.int32),
+    )
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=CHIP[platform])):
+        traced = jax.jit(function, donate_argnames="pages").trace(*arguments)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    return text, len(jax.tree_util.tree_leaves(pages))
+
+
+# What the matmul of each scheme is in StableHLO on an accelerator: the types of its operands.
+OPERANDS = {
+    "int8": "xi8>, tensor<",
+    "int8_weight_only": "xbf16>, tensor<",
+    "int4": "xbf16>, tensor<",
+    "int4_asymmetric": "xbf16>, tensor<",
+    "fp8": "xf8E4M3FN>, tensor<",
+}
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("scheme", quant.SCHEMES)
+def test_the_quantised_step_lowers(platform, scheme):
+    config = config_from_hf(TINY_CONFIG, None)
+    model = models.build(config, dispatch.resolve("xla", platform), "bfloat16")
+    group = 16 if quant.SCHEMES[scheme].has_groups else None
+    formats = schemes.choose(scheme, model.rules, config, group_size=group)
+    model = dataclasses.replace(model, formats=formats)
+    text, _ = lowered(model, Bucket(8, 8), platform)
+    dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert any(OPERANDS[scheme] in line for line in dots)
 
 
 def test_the_programs_for_chips_fit_them():

@@ -136,7 +136,8 @@ def test_int4_packs_and_unpacks_all_values():
 @pytest.mark.parametrize("name", FORMATS)
 def test_dequantised_is_the_weight(name: str):
     weight = quant_cases.make(FORMATS[name], 24, 96)
-    got = dequantise(*map(_jax, (weight.data, weight.scales, weight.zeros)), weight.format)
+    arrays = weight.data, jnp.asarray(weight.scales), _jax(weight.zeros)
+    got = dequantise(jnp.asarray(arrays[0]), *arrays[1:], weight.format)
     # A product of two float32 numbers, rounded once; (q - zero) is a small integer.
     np.testing.assert_allclose(np.asarray(got), weight.float64(), rtol=2**-24, atol=0)
 
@@ -196,7 +197,7 @@ def test_a_format_that_makes_no_sense_is_refused(fields: dict, message: str):
 def test_arguments_that_do_not_fit_are_named(impl: str):
     op = pallas_kernels.resolve(impl).quant_matmul
     w = quant_cases.make(FORMATS["int4_zeros_32"], 24, 96)
-    data, scales, zeros = map(_jax, (w.data, w.scales, w.zeros))
+    data, scales, zeros = jnp.asarray(w.data), jnp.asarray(w.scales), _jax(w.zeros)
     x = jnp.ones((2, 96))
     for args, message in (
         ((x[0], data, scales, zeros), r"x has shape \(96,\)"),

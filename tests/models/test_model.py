@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer import models
+from jaxinfer import models, quant
 from jaxinfer.config import ModelConfig, RopeConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.models.layers import inverse_frequencies
@@ -22,9 +22,14 @@ def build(case: str, dtype: str = "float32") -> models.Model:
     return models.build(config_from_hf(tiny.CONFIGS[case], None), resolve("reference"), dtype)
 
 
-def abstract_step(config: ModelConfig, ops: Ops, dtype: str, num_tokens: int):
+def abstract_step(
+    config: ModelConfig, ops: Ops, dtype: str, num_tokens: int, quantization: str | None = None
+):
     """A lowered decode step of `num_tokens` rows (forward and logits), from shapes alone."""
     model = models.build(config, ops, dtype)
+    if quantization is not None:
+        formats = quant.choose(quantization, model.rules, config, head=True)
+        model = dataclasses.replace(model, formats=formats)
 
     def ints(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -86,6 +91,26 @@ def test_no_weight_is_copied_in_the_step(tied, dtype, num_tokens):
     memory = lowered.compile().memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < smallest
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 32])
+@pytest.mark.parametrize("quantization", ["int8", "int8_weight_only", "int4"])
+def test_no_quantised_weight_is_expanded_in_the_step(quantization, num_tokens):
+    """All temporaries of a step together are smaller than the int8 head, which is computed last,
+    and than a float32 MLP matrix, beside what the rows themselves take."""
+    ops = dataclasses.replace(
+        resolve("xla"),
+        kv_write=lambda pages, k, v, slots: pages,
+        paged_attention=lambda q, *args, **options: q,  # has temporaries of its own
+    )
+    config = smollm2()
+    _, lowered = abstract_step(config, ops, "float32", num_tokens, quantization)
+    memory = lowered.compile().memory_analysis()
+    assert memory is not None
+    rows = max(8, 3 * num_tokens)  # three int8 digits of each
+    logits = rows * config.vocab_size * 4
+    matrix = config.hidden_size * config.intermediate_size * 4
+    assert memory.temp_size_in_bytes < matrix + 2 * logits
 
 
 @pytest.mark.parametrize("case", tiny.CONFIGS)

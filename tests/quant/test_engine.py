@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxinfer import LLM, SamplingParams, generate
+from jaxinfer import LLM, CompletionOutput, SamplingParams, generate
 from jaxinfer.errors import ModelFormatError
 from jaxinfer.params import flatten
 from jaxinfer.quant.arrays import QuantArray
 from jaxinfer.quant.schemes import SCHEMES
 from tests.engine.test_invariance import NUM_PROMPTS, Reference, params, prompts, run
-from tests.helpers import TINY_CONFIG, greedy, tiny_llm, tiny_weights, write_tiny_model
+from tests.helpers import TINY_CONFIG, greedy, one, tiny_llm, tiny_weights, write_tiny_model
 
 OPTIONS = {
     name: {"quantization": name, "quantize_lm_head": True}
@@ -126,13 +126,17 @@ def test_other_kernels_give_the_same(tiny, scheme: str, reference):
         run(llm, list(range(0, NUM_PROMPTS, 5)), reference)
 
 
+def chosen(output: CompletionOutput) -> list[float]:
+    """The log-prob of each token."""
+    assert output.logprobs
+    return [entry[i].logprob for i, entry in zip(output.token_ids, output.logprobs, strict=True)]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_other_dtypes_of_activations(tiny, scheme: str, dtype: str):
     with tiny_llm(tiny, dtype=dtype, **OPTIONS[scheme]) as llm:
-        output = llm.generate([5, 6, 7], SamplingParams(temperature=0, max_tokens=6, logprobs=1))
-        assert np.isfinite(
-            [next(iter(p.values())).logprob for p in output[0].outputs[0].logprobs]
-        ).all()
+        ask = SamplingParams(temperature=0, max_tokens=6, logprobs=1)
+        assert np.isfinite(chosen(one(llm, [5, 6, 7], ask))).all()
 
 
 def test_a_tied_table_is_quantised_for_both_its_uses(tmp_path):
@@ -145,7 +149,7 @@ def test_a_tied_table_is_quantised_for_both_its_uses(tmp_path):
         with tiny_llm(folder, max_logprobs=-1, **options) as llm:
             assert isinstance(llm.params["embed"], QuantArray) == ("quantize_lm_head" in options)
             ask = SamplingParams(temperature=0, max_tokens=1, logprobs=264, ignore_eos=True)
-            entry = llm.generate(list(range(40)), ask)[0].outputs[0].logprobs[0]
+            entry = (one(llm, list(range(40)), ask).logprobs or [])[0]
             return np.array([entry[token].logprob for token in sorted(entry)])
 
     plain = logprobs()
@@ -174,8 +178,8 @@ def test_channels_of_zeros_and_outliers_run(tiny, tmp_path):
     for options in ({}, {"quantization": "int8_weight_only"}, {"quantization": "int8"}):
         with tiny_llm(folder, **options) as llm:
             ask = SamplingParams(temperature=0, max_tokens=4, logprobs=1, ignore_eos=True)
-            output = llm.generate(list(range(30)), ask)[0].outputs[0]
-            assert all(np.isfinite(next(iter(p.values())).logprob) for p in output.logprobs)
+            output = one(llm, list(range(30)), ask)
+            assert np.isfinite(chosen(output)).all()
             tokens.append(output.token_ids)
     assert tokens[0][0] == tokens[1][0]
 

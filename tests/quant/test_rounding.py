@@ -38,8 +38,9 @@ def weights(dtype: str = "float32") -> np.ndarray:
 
 def restored(w: QuantArray) -> np.ndarray:
     """The float weight [N, K] that a QuantArray stands for, float64."""
-    arrays = [None if a is None else jnp.asarray(a) for a in (w.data, w.scales, w.zeros)]
-    return np.asarray(dequantise(*arrays, w.format), np.float64)
+    zeros = None if w.zeros is None else jnp.asarray(w.zeros)
+    float32 = dequantise(jnp.asarray(w.data), jnp.asarray(w.scales), zeros, w.format)
+    return np.asarray(float32, np.float64)
 
 
 def allowed(w: QuantArray, exact: np.ndarray) -> np.ndarray:

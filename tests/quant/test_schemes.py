@@ -30,10 +30,9 @@ def build(case: str | dict = "llama", impl: str = "reference") -> models.Model:
     return models.build(config_from_hf(config, None), resolve(impl), "float32")
 
 
-def quantised(model: models.Model, name: str, **options) -> models.Model:
-    if name in GROUPED:
-        options = {"group_size": 8} | options
-    formats = schemes.choose(name, model.rules, model.config, **options)
+def quantised(model: models.Model, name: str, *, head: bool) -> models.Model:
+    group = 8 if name in GROUPED else None
+    formats = schemes.choose(name, model.rules, model.config, group_size=group, head=head)
     return dataclasses.replace(model, formats=formats)
 
 
