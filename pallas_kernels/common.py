@@ -88,7 +88,8 @@ def quantise(x: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
     # XLA:CPU's max over the minor axis loses a NaN when the array is large.
     is_finite = jnp.all(jnp.isfinite(x), axis=-1)
     scale = jnp.max(jnp.abs(x), axis=-1) * np.float32(1 / largest)
-    scale = jnp.where(scale < np.finfo(np.float32).tiny, 0.0, jnp.where(is_finite, scale, jnp.nan))
+    scale = jnp.where(scale < np.finfo(np.float32).tiny, 0.0, scale)
+    scale = jnp.where(is_finite, scale, jnp.nan)
     y = x * (1.0 / jnp.where(scale == 0, 1.0, scale))[..., None]
     y = jnp.clip(jnp.round(y) if dtype == "int8" else y, -largest, largest)
     return y.astype(dtype), scale
