@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from jaxinfer import kv_cache, models, weights
@@ -13,7 +14,13 @@ from jaxinfer.errors import ConfigError, JaxInferError
 from jaxinfer.models import Model
 from jaxinfer.runner import DraftDevice, Runner
 from jaxinfer.scheduling.pages import PagePool
-from jaxinfer.setup_model import choose_dtype, load_params, open_tokenizer, resolve_ops
+from jaxinfer.setup_model import (
+    choose_dtype,
+    load_params,
+    open_tokenizer,
+    quantised,
+    resolve_ops,
+)
 from jaxinfer.speculative.config import SpeculativeConfig
 from jaxinfer.speculative.draft_model import DraftModelProposer
 from jaxinfer.speculative.ngram import NgramProposer
@@ -69,33 +76,67 @@ def open_draft(
     Raises:
         ConfigError: it does not load, or has another vocabulary or tokenizer.
     """
+    own = config
+    if speculative.model == "self":
+        own = dataclasses.replace(
+            config, quantization=speculative.quantization, quantization_group_size=None
+        )
+    else:
+        own = dataclasses.replace(
+            config,
+            model=speculative.model,
+            hf_overrides=None,
+            revision=None,
+            tokenizer=None,
+            chat_template=None,
+            quantization=None,
+            quantization_group_size=None,
+            quantize_lm_head=False,
+        )
     try:
         source = weights.open_model(
-            speculative.model, weights=config.load_format != "dummy"
-        ).__enter__()
+            own.model,
+            hf_overrides=own.hf_overrides,
+            revision=own.revision,
+            weights=own.load_format != "dummy",
+        )
     except JaxInferError as error:
         raise _wrong(f"model {speculative.model!r} does not load: {error}") from None
-    own = source.config
-    bare = dataclasses.replace(config, tokenizer=None, chat_template=None)
-    own_tokenizer = open_tokenizer(bare, source)
+    with ExitStack() as stack:
+        stack.enter_context(source)
+        vocab = _common_vocabulary(speculative, own, source, target, tokenizer)
+        dtype = choose_dtype(own, source.config, platform)
+        ops = resolve_ops(own, source.config, dtype, platform)
+        model = quantised(own, models.build(source.config, ops, dtype), source)
+        stack.pop_all()  # it stays open: its weights are read later
+    limit = source.config.max_position
+    return Draft(source, model, min(limit, speculative.max_model_len or limit), vocab)
+
+
+def _common_vocabulary(
+    speculative: SpeculativeConfig,
+    own: EngineConfig,
+    source: weights.ModelSource,
+    target: ModelConfig,
+    tokenizer: Tokenizer | None,
+) -> int:
+    """Ids that the draft model's tokenizer has; ConfigError unless they are the target's."""
+    own_tokenizer = open_tokenizer(own, source)
     if tokenizer is None or own_tokenizer is None:
-        vocab = own.vocab_size
+        vocab = source.config.vocab_size
         if vocab != target.vocab_size:
             raise _wrong(
                 f"model {speculative.model!r} has {vocab} token ids, the target "
                 f"{target.vocab_size}; a draft needs the target's vocabulary"
             )
-    else:
-        vocab = own_tokenizer.vocab_size
-        if own_tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab():
-            raise _wrong(
-                f"model {speculative.model!r} has another tokenizer than the target "
-                f"({vocab} and {tokenizer.vocab_size} ids); name a draft of the target's family"
-            )
-    dtype = choose_dtype(config, own, platform)
-    model = models.build(own, resolve_ops(config, own, dtype, platform), dtype)
-    limit = min(own.max_position, speculative.max_model_len or own.max_position)
-    return Draft(source, model, limit, vocab)
+        return vocab
+    if own_tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab():
+        raise _wrong(
+            f"model {speculative.model!r} has another tokenizer than the target "
+            f"({own_tokenizer.vocab_size} and {tokenizer.vocab_size} ids); name a draft of the "
+            "target's family"
+        )
+    return own_tokenizer.vocab_size
 
 
 def speculator(

@@ -7,6 +7,8 @@ from typing import Literal
 from jaxinfer.errors import ConfigError
 
 MAX_SPECULATIVE_TOKENS = 32
+SELF_DRAFTS = ("int8", "int8_weight_only", "int4")
+"""Schemes in which the target's own weights can draft."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +17,8 @@ class SpeculativeConfig:
 
     `method` "ngram" continues the text as it went on the last time its newest tokens stood in it:
     at least `prompt_lookup_min` of them, compared up to `prompt_lookup_max`. "draft_model" asks a
-    second, smaller model with the same tokenizer, `model` (folder, GGUF file or hub id).
+    second, smaller model with the same tokenizer, `model` (folder, GGUF file or hub id; "self": the
+    target's own weights in `quantization` "int8" or "int4").
     `num_speculative_tokens` is the most that is drafted for a row; fewer, or none, are where more
     would not pay. `disable_by_batch_size`: draft nothing in steps of so many rows or more.
     """
@@ -84,10 +87,15 @@ class SpeculativeConfig:
                 "method 'draft_model' needs model: a folder, a GGUF file or a hub id; got "
                 f"{config.model!r}"
             )
-        if config.quantization is not None or config.model == "self":
+        if (config.model == "self") != (config.quantization is not None):
             raise _speculative(
-                "a draft of quantised weights (model 'self', quantization) is not available yet; "
-                "name a smaller model of the same tokenizer"
+                "model 'self' and quantization go together: the draft is the target's own "
+                f"weights, quantised ({', '.join(SELF_DRAFTS)}); got model {config.model!r} and "
+                f"quantization {config.quantization!r}"
+            )
+        if config.quantization not in (None, *SELF_DRAFTS):
+            raise _speculative(
+                f"quantization must be one of {', '.join(SELF_DRAFTS)}; got {config.quantization!r}"
             )
         return config
 

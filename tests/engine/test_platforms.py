@@ -86,11 +86,11 @@ OPERANDS = {
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-@pytest.mark.parametrize("scheme", quant.SCHEMES)
+@pytest.mark.parametrize("scheme", schemes.SCHEMES)
 def test_the_quantised_step_lowers(platform, scheme):
     config = config_from_hf(TINY_CONFIG, None)
     model = models.build(config, dispatch.resolve("xla", platform), "bfloat16")
-    group = 16 if quant.SCHEMES[scheme].has_groups else None
+    group = 16 if schemes.SCHEMES[scheme].has_groups else None
     formats = schemes.choose(scheme, model.rules, config, group_size=group)
     model = dataclasses.replace(model, formats=formats)
     text, _ = lowered(model, Bucket(8, 8), platform)

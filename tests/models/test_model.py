@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer import models, quant
+from jaxinfer import models
 from jaxinfer.config import ModelConfig, RopeConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.models.layers import inverse_frequencies
 from jaxinfer.params import axis_sizes, flatten
+from jaxinfer.quant import schemes
 from jaxinfer.weights import config_from_hf
 from pallas_kernels.dispatch import Ops, resolve
 from pallas_kernels.paged_attention import Ragged
@@ -28,7 +29,7 @@ def abstract_step(
     """A lowered decode step of `num_tokens` rows (forward and logits), from shapes alone."""
     model = models.build(config, ops, dtype)
     if quantization is not None:
-        formats = quant.choose(quantization, model.rules, config, head=True)
+        formats = schemes.choose(quantization, model.rules, config, head=True)
         model = dataclasses.replace(model, formats=formats)
 
     def ints(*shape):

@@ -53,9 +53,9 @@ BAD = [
     ({**DRAFT, "model": None}, "needs model"),
     ({**DRAFT, "model": ""}, "needs model"),
     ({**DRAFT, "model": 5}, "needs model.*got 5"),
-    ({**DRAFT, "model": "self"}, "not available yet; name a smaller model"),
-    ({**DRAFT, "model": "self", "quantization": "int8"}, "not available yet"),
-    ({**DRAFT, "quantization": "int4"}, "not available yet"),
+    ({**DRAFT, "model": "self"}, "'self' and quantization go together.*int8.*int4"),
+    ({**DRAFT, "quantization": "int4"}, "'self' and quantization go together"),
+    ({**DRAFT, "model": "self", "quantization": "fp8"}, "must be one of int8,.*got 'fp8'"),
 ]
 
 

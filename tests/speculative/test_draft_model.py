@@ -89,6 +89,24 @@ def test_outputs_are_those_without_it(folders, plain, draft, overlap):
     assert {"same": rate == 1, "near": 0.4 < rate < 1, "far": rate < 0.4}[draft]
 
 
+@pytest.mark.parametrize("target", [None, "int8"])
+def test_the_targets_own_weights_quantised(folders, plain, target):
+    config = {"model": "self", "quantization": "int8", "num_speculative_tokens": LENGTH}
+    expected = [output.token_ids for output in plain]
+    if target is not None:
+        with tiny_llm(folders["same"], quantization=target) as llm:
+            expected = [o.outputs[0].token_ids for o in llm.generate(prompts(6), PARAMS)]
+    with tiny_llm(
+        folders["same"], speculative_config=config, max_num_seqs=16, quantization=target
+    ) as llm:
+        llm.engine.speculator._cost = lambda bucket, base, plain: plain * 1e-6
+        found = llm.generate(prompts(6), PARAMS)
+        rate = llm.get_metrics()["spec_decode_acceptance_rate"]
+        assert_no_leak(llm)
+    assert [o.outputs[0].token_ids for o in found] == expected
+    assert rate == 1 if target == "int8" else 0.5 < rate < 1
+
+
 def test_logprobs_of_verified_tokens(folders, plain):
     with engine(folders, "near") as llm:
         found = llm.generate(prompts(6), PARAMS)[4].outputs[0]
@@ -187,6 +205,9 @@ def test_bad_drafts(folders, tmp_path):
         write_tiny_model(tmp_path / "short", max_position_embeddings=64)
     ))  # fmt: skip
     bad(folders, "does not fit the page pool of 8 tokens", num_pages=1, max_model_len=8, k=7)
+    with pytest.raises(ValueError, match="none of the group sizes 128, 64, 32 divides"):
+        own = {"model": "self", "quantization": "int4", "num_speculative_tokens": LENGTH}
+        tiny_llm(folders["same"], speculative_config=own)
     other = write_tiny_model(tmp_path / "vocabulary", vocab_size=300)
     bad(folders, "300 token ids, the target 264", str(other), skip_tokenizer_init=True)
     text = (other / "tokenizer.json").read_text()
