@@ -107,7 +107,7 @@ def start(bench: Bench, entry: Entry, workload: Workload, longest: int) -> Runni
         "max_len": longest,
         "prefix_caching": workload.prefix_caching,
         "threads": machine.num_cores(),
-        "options": TOY_OPTIONS if bench.toy else {},
+        "options": {**(TOY_OPTIONS if bench.toy else {}), **entry.options},
         "profile": trace_folder(bench, entry, workload),
     }
     worker = Worker(entry.name, python, entry.module, timeout=bench.timeout)
@@ -236,7 +236,12 @@ def engine_row(
     ceilings = bench.ceilings
     bounds = ceilings and [
         roofline.bound_seconds(
-            repeat, bench.model.shape, ceilings, dtype=entry.dtype, peak=entry.peak
+            repeat,
+            bench.model.shape,
+            ceilings,
+            weights=entry.weights,
+            dtype=entry.dtype,
+            peak=entry.peak,
         )
         for repeat in repeats
     ]

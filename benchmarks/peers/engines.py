@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.report import BenchmarkError
 
@@ -26,12 +27,26 @@ class Entry:
 
     `environment` names its Python and adapter. `dtype` is what it is asked for, `peak` the number
     type whose matmul rate bounds it: llama.cpp multiplies Q4_1 weights as 8-bit integers.
+    `quantization` is jaxinfer's, of the layers' matrices and of the output head.
     """
 
     name: str
     environment: str
     dtype: str
     peak: str
+    quantization: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What jaxinfer's LLM is given beside."""
+        if self.quantization is None:
+            return {}
+        return {"quantization": self.quantization, "quantize_lm_head": True}
+
+    @property
+    def weights(self) -> str:
+        """What a step reads of a weight: its number type."""
+        return self.dtype if self.quantization is None else "int8"
 
     @property
     def is_ours(self) -> bool:
@@ -54,6 +69,7 @@ ENTRIES = {
     for entry in (
         Entry("jaxinfer-float32", "jaxinfer", "float32", "float32"),
         Entry("jaxinfer-bfloat16", "jaxinfer", "bfloat16", "bfloat16"),
+        Entry("jaxinfer-int8", "jaxinfer", "float32", "int8", "int8"),
         Entry("vllm-float32", "vllm", "float32", "float32"),
         Entry("vllm-bfloat16", "vllm", "bfloat16", "bfloat16"),
         Entry("llama.cpp-q4_1", "llama.cpp", "q4_1", "int8"),

@@ -21,7 +21,7 @@ from benchmarks.peers.engines import Missing
 from benchmarks.report import BenchmarkError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,9 +66,10 @@ def cached_lengths(workload: Workload) -> list[int]:
 
 
 def bound_seconds(
-    workload: Workload, shape: Shape, ceilings: Ceilings, *, dtype: str, peak: str
+    workload: Workload, shape: Shape, ceilings: Ceilings, *, weights: str, dtype: str, peak: str
 ) -> float | None:
-    """The least seconds for an engine with weights in `dtype`; None where `peak` is not known."""
+    """The least seconds for an engine with its weights in the number type `weights`, K and V in
+    `dtype`; None where `peak` is not known."""
     rate = ceilings.flops.get(peak)
     if rate is None:
         return None
@@ -79,7 +80,7 @@ def bound_seconds(
         flops += 2 * (length - cached) * shape.num_blocks + 2 * shape.num_head
         flops += 2 * shape.layers * shape.heads * shape.head_dim * (length**2 - cached**2)
     seconds = flops / rate
-    weights = shape.num_blocks + shape.num_head
+    num_weights = shape.num_blocks + shape.num_head
     for round_ in workload.rounds:
         tokens = sum(ask.max_tokens - 1 for ask in round_)
         if not tokens:
@@ -87,7 +88,8 @@ def bound_seconds(
         rows = min(workload.max_num_seqs, len(round_))
         steps = max(-(-tokens // rows), max(ask.max_tokens for ask in round_) - 1)
         step = max(
-            shape.weight_bytes(dtype) / ceilings.bytes_s, 2 * weights * (tokens / steps) / rate
+            shape.weight_bytes(weights) / ceilings.bytes_s,
+            2 * num_weights * (tokens / steps) / rate,
         )
         read = sum(
             (ask.max_tokens - 1) * (len(ask.prompt) + ask.max_tokens / 2) for ask in round_

@@ -47,20 +47,27 @@ SHAPE = models.Shape(layers=2, heads=4, kv_heads=2, head_dim=16, hidden=64, mlp=
 def test_the_bound_of_decoding_is_bytes_over_bandwidth():
     ceilings = roofline.Ceilings(bytes_s=1e6, flops={"float32": 1e18}, by={})
     workload = Workload("x", "", ((Ask((1,) * 10, 5),),), 1)
-    found = roofline.bound_seconds(workload, SHAPE, ceilings, dtype="float32", peak="float32")
+    found = roofline.bound_seconds(
+        workload, SHAPE, ceilings, weights="float32", dtype="float32", peak="float32"
+    )
     weights = 2 * (64 * 16 * (4 + 2 + 2 + 4) + 3 * 64 * 128) + 64 * 512
     kv = 2 * 2 * 2 * 16 * 4
     context = 11 + 12 + 13 + 14  # tokens that each of the four later steps attends to
     assert found == pytest.approx((4 * weights * 4 + context * kv) / 1e6, rel=0.01)
     assert (
-        roofline.bound_seconds(workload, SHAPE, ceilings, dtype="bfloat16", peak="bfloat16") is None
+        roofline.bound_seconds(
+            workload, SHAPE, ceilings, weights="bfloat16", dtype="bfloat16", peak="bfloat16"
+        )
+        is None
     )
 
 
 def test_the_bound_of_prefill_is_products_over_the_peak():
     ceilings = roofline.Ceilings(bytes_s=1e18, flops={"float32": 1e6}, by={})
     workload = Workload("x", "", ((Ask((1,) * 10, 1),),), 1)
-    found = roofline.bound_seconds(workload, SHAPE, ceilings, dtype="float32", peak="float32")
+    found = roofline.bound_seconds(
+        workload, SHAPE, ceilings, weights="float32", dtype="float32", peak="float32"
+    )
     blocks = SHAPE.num_blocks
     flops = 2 * 10 * blocks + 2 * 64 * 512 + 2 * 2 * 4 * 16 * 100
     assert found == pytest.approx(flops / 1e6)
