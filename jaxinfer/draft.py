@@ -3,7 +3,7 @@ compiles them.
 
 The draft's pages have the ids of the target's, so a row's page table serves both, and so do prefix
 hits and preemption. A drafted token is drawn by the engine's sampler with the row's own parameters
-and noise: what the target will draw, if it sees the same logits.
+and noise, but without its bias and bans: what the target will draw, if it sees the same logits.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ from pallas_kernels.paged_attention import Ragged
 @partial(jax.tree_util.register_dataclass)
 @dataclass(frozen=True)
 class DraftResult:
-    """`drafts[s]`: the tokens drafted for row s; none where the program only caught up. `tokens`
-    are those that were handed in: no step of the draft model feeds on the one before."""
+    """`drafts[s]`: the tokens drafted for row s, then zeros; none where the program only caught up.
+    `tokens` is what was handed in as `previous`."""
 
     tokens: Int32[Array, " R"]
     drafts: Int32[Array, "S k"]
@@ -43,16 +43,20 @@ def draft_step(
     num_tokens: int,
     valid_vocab: int,
 ) -> tuple[DraftResult, KVPages]:
-    """Arguments as step()'s, of the draft model.
+    """Arguments as step()'s, of the draft model, but `previous[0]`: how many tokens to draft, up to
+    `num_tokens`.
 
-    In a decode bucket: `num_tokens` tokens after each row's one token, K/V of the last of them
-    too, so that a row whose whole draft is accepted has one token to compute next time, as any
-    other has. Past the pages that a row has, K/V go to the trash page. In a mixed bucket: K/V of
-    the rows' tokens alone.
+    In a decode bucket: so many tokens after each row's one token, K/V of the last of them too, so
+    that a row whose whole draft is accepted has one token to compute next time, as any other has.
+    Past the pages that a row has, K/V go to the trash page. In a mixed bucket: K/V of the rows'
+    tokens alone.
     """
     batch = layout.unpack(packed)
     if layout.bucket.decode_only:
-        drafts, pages = _draft(model, params, pages, bias_table, batch, num_tokens, valid_vocab)
+        start = jnp.zeros((layout.bucket.num_rows, num_tokens), jnp.int32)
+        drafts, pages = _draft(
+            model, params, pages, bias_table, batch, start, previous[0], valid_vocab
+        )
         return DraftResult(previous, drafts), pages
     written = _write_tokens(pages.tokens, batch.ragged.slots, batch.tokens)
     _, layers = model.forward(params, pages.layers, batch.tokens, batch.positions, batch.ragged)
@@ -66,9 +70,11 @@ def _draft(
     pages: KVPages,
     bias_table: Float[Array, "B V"],
     batch: Batch,
-    num_tokens: int,
+    drafts: Int32[Array, "S k"],
+    length: Int32[Array, ""],
     valid_vocab: int,
 ) -> tuple[Int32[Array, "S k"], KVPages]:
+    """`drafts` with the first `length` columns filled."""
     rows = batch.tokens.shape[0]
     table = batch.ragged.page_table
     size = pages.tokens.shape[1]
@@ -102,17 +108,13 @@ def _draft(
                 valid_vocab,
             )
 
-        drawn = jax.lax.cond(i < num_tokens, draw, lambda: tokens)
-        drafts = drafts.at[:, i].set(drawn, mode="drop")
+        drawn = jax.lax.cond(i < length, draw, lambda: tokens)
+        column = jnp.where(i < length, i, drafts.shape[1])  # out of range: dropped
+        drafts = drafts.at[:, column].set(drawn, mode="drop")
         return jnp.maximum(drawn, 0), drafts, layers, written
 
-    start = (
-        batch.tokens,
-        jnp.zeros((rows, num_tokens), jnp.int32),
-        pages.layers,
-        pages.tokens,
-    )
-    _, drafts, layers, written = jax.lax.fori_loop(0, num_tokens + 1, body, start)
+    start = (batch.tokens, drafts, pages.layers, pages.tokens)
+    _, drafts, layers, written = jax.lax.fori_loop(0, length + 1, body, start)
     return drafts, KVPages(layers, written)
 
 

@@ -78,6 +78,8 @@ class Engine:
         self._changed: dict[str, None] = {}
         self._next_id = 0
         self._dead: BaseException | None = None
+        self._admitted = False
+        """The newest plan took prompts in."""
         self._last_finished: float | None = None
         """When the newest step came back; None where what comes next says nothing of its cost."""
 
@@ -195,9 +197,8 @@ class Engine:
         bucket = self._builder.buckets.decode_bucket(len(plan.rows))
         if not self.runner.is_compiled(bucket):
             return True
-        scheduler = self.scheduler
-        admits = scheduler.num_waiting and scheduler.num_running < scheduler.config.max_num_seqs
-        # A step that takes prompts in has no drafts.
+        # A step that takes prompts in has no drafts, and where one did the next one may.
+        admits = self._admitted and self.scheduler.num_waiting
         return self.speculator is not None and not admits and self.speculator.should_wait(plan)
 
     def _dispatch(self) -> bool:
@@ -206,8 +207,10 @@ class Engine:
             return False
         begun = time.perf_counter()
         hits, preemptions = self.scheduler.num_prefix_hits, self.scheduler.num_preemptions
+        admissions = self.scheduler.num_admissions
         with span("plan"):
             plan = self.scheduler.plan(self.speculator.lengths if self.speculator else None)
+        self._admitted = self.scheduler.num_admissions > admissions
         if plan is None:
             self._note_ended()
             return False
@@ -271,7 +274,10 @@ class Engine:
             tokens = np.asarray(done.result.tokens).tolist()
         finished = time.perf_counter()
         if self.speculator is not None:
-            if self._last_finished is not None and done.batch.bucket.decode_only:
+            # Where drafts were wanted and none came the time is of neither kind of step.
+            in_vain = not done.plan.has_drafts and any(r.max_draft for r in done.plan.rows)
+            is_decode = done.batch.bucket.decode_only and not in_vain
+            if self._last_finished is not None and is_decode:
                 took = finished - self._last_finished
                 self.speculator.note_step(done.plan, done.stats.num_tokens, took)
             self._last_finished = finished
@@ -326,8 +332,7 @@ class Engine:
             return 0
         self._changed[request.request_id] = None
         count, stop = state.add_tokens(sequence, tokens, lane, reader)
-        for _ in range(count):
-            self.metrics.note_token(request, now)
+        self.metrics.note_tokens(request, count, now)
         if stop is not None and sequence.is_finished:  # by a token after it, or by the same
             sequence.finish_reason, sequence.stop_reason = "stop", stop
         elif stop is not None:

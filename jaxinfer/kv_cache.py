@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+from jaxinfer.config import ModelConfig
 from jaxinfer.errors import CapacityError
 from jaxinfer.models import Model
 
@@ -92,6 +93,12 @@ def device_memory(device: Any) -> int | None:
     return stats.get("bytes_limit") if stats else None
 
 
+def _width(config: ModelConfig) -> int:
+    """Numbers that a token has at once in a layer."""
+    width = config.hidden_size * 4 + config.intermediate_size * 3
+    return width + (config.num_heads + 2 * config.num_kv_heads) * config.head_dim * 2
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryRequest:
     """What the user said about memory; at most one of the last two is used, num_pages first."""
@@ -110,7 +117,7 @@ def make_plan(
     max_model_len: int | None,
     max_num_seqs: int,
     max_num_batched_tokens: int,
-    bias_rows: int,
+    max_num_rows: int,
     draft: Model | None = None,
 ) -> MemoryPlan:
     """Size the page pool.
@@ -118,7 +125,8 @@ def make_plan(
     `num_pages` counts usable pages; one more is added for page 0. Without a size the pool takes
     what `gpu_memory_utilization` of the device leaves after weights, activations and sampler
     state; on a CPU (no limit known) 768 MiB, and never more than max_num_seqs requests of
-    max_model_len can use. A `draft` model has weights, and a page for each of the model's.
+    max_model_len can use. `max_num_rows` are those of a step, drafted tokens counted. A `draft`
+    model has weights, and a page for each of the model's.
 
     Raises:
         CapacityError: the model alone does not fit, or not one request of the given max_model_len
@@ -131,11 +139,10 @@ def make_plan(
         leaf.size * leaf.dtype.itemsize
         for leaf in jax.tree_util.tree_leaves([each.shapes() for each in both])
     )
-    width = config.hidden_size * 4 + config.intermediate_size * 3
-    width += (config.num_heads + 2 * config.num_kv_heads) * config.head_dim * 2
+    width = max(_width(each.config) for each in both)
     activations = max_num_batched_tokens * width * max(itemsize, 4)
-    activations += 4 * max_num_seqs * config.vocab_size * 4  # logits, scaled, noise, counts
-    sampler = bias_rows * config.vocab_size * 4
+    activations += 4 * max_num_rows * config.vocab_size * 4  # logits, scaled, noise, counts
+    sampler = (max_num_rows + 1) * config.vocab_size * 4
     page_bytes = sum(each.page_bytes(page_size) + page_size * 4 for each in both)
     limit = None if device_bytes is None else int(device_bytes * request.gpu_memory_utilization)
     fixed = weights + activations + sampler

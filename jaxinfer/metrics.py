@@ -49,15 +49,16 @@ class Metrics:
     last_token_times: dict[Request, float] = field(default_factory=dict)
     """Of requests that have not ended."""
 
-    def note_token(self, request: Request, now: float) -> None:
-        """A token of `request` was handed to its output."""
-        self.generation_tokens += 1
+    def note_tokens(self, request: Request, count: int, now: float) -> None:
+        """`count` tokens of `request`, 1 or more, were handed to its output: each took its part of
+        the time since those before."""
+        self.generation_tokens += count
         last = self.last_token_times.get(request)
         if last is None:
             request.metrics.first_token_time = now
             self.time_to_first_token.append(now - request.metrics.arrival_time)
         else:
-            self.inter_token_latency.append(now - last)
+            self.inter_token_latency.extend([(now - last) / count] * count)
         self.last_token_times[request] = now
 
     def forget(self, request: Request) -> None:

@@ -137,6 +137,7 @@ class Runner:
         # One at a time: the first program is waited for first.
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="jaxinfer-compile")
         self._program, self._options = program, options
+        self._is_target = program is step  # a draft model copies no pages and has no bias rows
         self._programs: dict[Bucket, Callable] = {}
         self._early: dict[Bucket, Future[Callable]] = {}
         self._copy: Callable | None = None
@@ -224,17 +225,18 @@ class Runner:
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(compile_one, reversed(self.buckets)))
-        self._copy = self._copy or self._compile_copy()
-        note("copy pages")
-        self._set_bias = self._set_bias or self._compile_set_bias()
-        note("set bias")
+        if self._is_target:
+            self._copy = self._copy or self._compile_copy()
+            note("copy pages")
+            self._set_bias = self._set_bias or self._compile_set_bias()
+            note("set bias")
         self._is_warm = True
         self.compiles_after_warmup = 0
         return time.perf_counter() - started
 
     @property
     def num_programs(self) -> int:
-        return len(self.buckets) + 2
+        return len(self.buckets) + 2 * self._is_target
 
     def _note_compiles(self, before: int, bucket: Bucket) -> None:
         """Count what was compiled since `before`, by this runner's steps alone, once it is warm."""
@@ -306,10 +308,13 @@ class DraftDevice:
         self.runner.run(self._builder.build(plan, [0] * len(rows), bucket), [], [])
 
     def draft(self, rows: list[Row]) -> list[list[int]]:
-        """The tokens drafted after each row, which has one token. Waits for the device."""
+        """The tokens drafted after each row, which has one token: as many as the largest
+        `max_draft`. Waits for the device."""
         batch = self._builder.build(StepPlan(0, rows), [0] * len(rows))
+        length = max(row.max_draft for row in rows)
+        self.runner.previous = np.full((1,), length, np.int32)
         result = self.runner.run(batch, [], [])
-        return np.asarray(result.drafts)[: len(rows)].tolist()
+        return np.asarray(result.drafts)[: len(rows), :length].tolist()
 
     def forget(self, sequence: Sequence) -> None:
         """`sequence` has ended."""

@@ -108,6 +108,8 @@ def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
                         config.quantization, model.formats, model.rules, model.config, dtype
                     )
                 )
+        if speculative is not None:
+            setup_draft.check_fits(speculative, plan, draft)
         pool = PagePool(plan.num_pages, plan.page_size)
         runner = _runner(config, model, tokenizer, plan, lanes)
         speculator = None
@@ -225,7 +227,7 @@ def _memory(
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs or 0,
         max_num_batched_tokens=config.max_num_batched_tokens or 0,
-        bias_rows=lanes + 1,
+        max_num_rows=lanes,
     )
 
 

@@ -94,27 +94,47 @@ def open_draft(
             quantize_lm_head=False,
         )
     try:
-        source = weights.open_model(
-            own.model,
-            hf_overrides=own.hf_overrides,
-            revision=own.revision,
-            weights=own.load_format != "dummy",
-        )
+        return _open(speculative, own, target, tokenizer, platform)
     except JaxInferError as error:
-        raise _wrong(f"model {speculative.model!r} does not load: {error}") from None
+        raise _wrong(f"model {speculative.model!r}: {error}") from None
+
+
+def _open(
+    speculative: SpeculativeConfig,
+    own: EngineConfig,
+    target: ModelConfig,
+    tokenizer: Tokenizer | None,
+    platform: str,
+) -> Draft:
+    """open_draft() with the draft model's `own` configuration."""
     with ExitStack() as stack:
-        stack.enter_context(source)
-        vocab = _common_vocabulary(speculative, own, source, target, tokenizer)
+        source = stack.enter_context(
+            weights.open_model(
+                own.model,
+                hf_overrides=own.hf_overrides,
+                revision=own.revision,
+                weights=own.load_format != "dummy",
+            )
+        )
+        if speculative.model == "self" and source.quantised is not None:
+            raise ConfigError(
+                f"{source.path} is quantised already ({source.quantised.describe()}); name a "
+                "smaller model as the draft"
+            )
+        vocab = _common_vocabulary(own, source, target, tokenizer)
         dtype = choose_dtype(own, source.config, platform)
         ops = resolve_ops(own, source.config, dtype, platform)
         model = quantised(own, models.build(source.config, ops, dtype), source)
         stack.pop_all()  # it stays open: its weights are read later
     limit = source.config.max_position
-    return Draft(source, model, min(limit, speculative.max_model_len or limit), vocab)
+    wanted = speculative.max_model_len or limit
+    if wanted > limit:
+        source.close()
+        raise ConfigError(f"max_model_len={wanted} exceeds its {limit} positions; lower it")
+    return Draft(source, model, wanted, vocab)
 
 
 def _common_vocabulary(
-    speculative: SpeculativeConfig,
     own: EngineConfig,
     source: weights.ModelSource,
     target: ModelConfig,
@@ -125,18 +145,35 @@ def _common_vocabulary(
     if tokenizer is None or own_tokenizer is None:
         vocab = source.config.vocab_size
         if vocab != target.vocab_size:
-            raise _wrong(
-                f"model {speculative.model!r} has {vocab} token ids, the target "
-                f"{target.vocab_size}; a draft needs the target's vocabulary"
+            raise ConfigError(
+                f"it has {vocab} token ids, the target {target.vocab_size}; a draft needs the "
+                "target's vocabulary"
             )
         return vocab
     if own_tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab():
-        raise _wrong(
-            f"model {speculative.model!r} has another tokenizer than the target "
-            f"({own_tokenizer.vocab_size} and {tokenizer.vocab_size} ids); name a draft of the "
-            "target's family"
+        raise ConfigError(
+            f"it has another tokenizer than the target ({own_tokenizer.vocab_size} and "
+            f"{tokenizer.vocab_size} ids); name a draft of the target's family"
         )
     return own_tokenizer.vocab_size
+
+
+def check_fits(
+    speculative: SpeculativeConfig, plan: kv_cache.MemoryPlan, draft: Draft | None
+) -> None:
+    """Raises ConfigError for a draft that the pages or the draft model's positions cannot hold."""
+    length = speculative.num_speculative_tokens
+    if length + 2 > plan.num_tokens:
+        raise _wrong(
+            f"num_speculative_tokens={length} does not fit the page pool of {plan.num_tokens} "
+            "tokens; lower it or give the pages more memory"
+        )
+    if draft is not None and draft.max_model_len < plan.max_model_len:
+        raise _wrong(
+            f"the draft model takes {draft.max_model_len} tokens and max_model_len is "
+            f"{plan.max_model_len}; pass max_model_len={draft.max_model_len}, or a draft that "
+            "takes more"
+        )
 
 
 def speculator(
@@ -147,28 +184,12 @@ def speculator(
     plan: kv_cache.MemoryPlan,
     draft: Draft | None,
 ) -> Speculator:
-    """The Speculator of an engine whose target runs on `runner`.
-
-    Raises:
-        ConfigError: a draft that the pages or the draft model's positions cannot hold.
-    """
-    length = speculative.num_speculative_tokens
-    if length + 2 > plan.num_tokens:
-        raise _wrong(
-            f"num_speculative_tokens={length} does not fit the page pool of {plan.num_tokens} "
-            "tokens; lower it or give the pages more memory"
-        )
+    """The Speculator of an engine whose target runs on `runner`."""
     buckets = runner.builder.buckets
     proposer: Proposer
     if draft is None:
         proposer = NgramProposer(speculative.prompt_lookup_min, speculative.prompt_lookup_max)
     else:
-        if draft.max_model_len < plan.max_model_len:
-            raise _wrong(
-                f"the draft model takes {draft.max_model_len} tokens and max_model_len is "
-                f"{plan.max_model_len}; pass max_model_len={draft.max_model_len}, or a draft that "
-                "takes more"
-            )
         draft.runner = Runner(
             draft.model,
             Builder(
@@ -184,7 +205,10 @@ def speculator(
             max_num_seqs=1,
             bias_rows=1,
             program=draft_step,
-            options={"num_tokens": length, "valid_vocab": draft.valid_vocab},
+            options={
+                "num_tokens": speculative.num_speculative_tokens,
+                "valid_vocab": draft.valid_vocab,
+            },
             strict=config.strict,
         )
         proposer = DraftModelProposer(DraftDevice(draft.runner), pool.generations, plan.page_size)

@@ -82,11 +82,11 @@ class Model:
                 leaves[path] = jnp.zeros(leaf.shape, leaf.dtype)
             else:
                 leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-                dtype = leaf.dtype or jnp.dtype("float32")
-                values = jax.random.normal(leaf_key, leaf.shape, dtype) * jnp.asarray(0.02, dtype)
+                values = jax.random.normal(leaf_key, leaf.shape, jnp.float32) * jnp.float32(0.02)
                 if isinstance(leaf, QuantArray):
-                    values = jax.device_put(quantise(np.asarray(values), leaf, path))
-                leaves[path] = values
+                    leaves[path] = jax.device_put(quantise(np.asarray(values), leaf, path))
+                else:
+                    leaves[path] = values.astype(leaf.dtype)
         return unflatten(leaves)
 
     def allocate(self, num_pages: int, page_size: int) -> tuple:

@@ -71,6 +71,11 @@ class Scheduler:
         return self._roster.counters.num_preemptions
 
     @property
+    def num_admissions(self) -> int:
+        """Sequences that began to run, since the start."""
+        return self._roster.counters.num_admissions
+
+    @property
     def num_prefix_hits(self) -> int:
         """Prompt tokens whose pages were there already, since the start."""
         return self._roster.counters.num_prefix_hits

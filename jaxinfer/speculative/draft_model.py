@@ -6,10 +6,13 @@ page that changed hands is read anew.
 """
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from jaxinfer.request import Row, Sequence
+
+_READ_FOR_ONE = 32
+"""Tokens that the draft model may have to read for each that the request may still generate."""
 
 
 class Device(Protocol):
@@ -23,8 +26,8 @@ class Device(Protocol):
         ...
 
     def draft(self, rows: list[Row]) -> list[list[int]]:
-        """The tokens drafted after each row, which has one token; its K/V, and the drafts', are
-        computed."""
+        """The tokens drafted after each row, which has one token, as many as the largest
+        `max_draft`; its K/V, and the drafts', are computed."""
         ...
 
     def forget(self, sequence: Sequence) -> None:
@@ -61,7 +64,14 @@ class DraftModelProposer:
         self._drafted: dict[Sequence, _Draft] = {}
 
     def available(self, sequence: Sequence, most: int) -> int:
-        return most
+        """None where the draft model does not see what is banned or preferred, or would have to
+        read much for the tokens that are left."""
+        request = sequence.request
+        if request.bias_key or request.bad_token_ids:
+            return 0
+        unread = len(sequence.tokens) - 1 - self._num_computed(sequence, sequence.pages)
+        left = request.max_tokens - (len(sequence.tokens) - sequence.prompt_len)
+        return most if unread <= _READ_FOR_ONE * left else 0
 
     def propose(self, rows: Seq[Row]) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in rows]
@@ -72,13 +82,13 @@ class DraftModelProposer:
             if not row.max_draft:
                 continue
             last = len(row.sequence.tokens) - 1
-            start = min(self._num_computed(row), last)
+            start = min(self._num_computed(row.sequence, row.pages), last)
             count = min(last - start, budget)
             if count:
                 behind.append(Row(row.sequence, start, count, False, 0, row.pages))
                 budget -= count
             if start + count == last:
-                ready.append((i, Row(row.sequence, last, 1, True, 0, row.pages)))
+                ready.append((i, replace(row, start=last, draft=())))
         if behind:
             self._device.fill(behind)
             for row in behind:
@@ -96,23 +106,23 @@ class DraftModelProposer:
         self._drafted.pop(sequence, None)
         self._device.forget(sequence)
 
-    def _num_computed(self, row: Row) -> int:
-        """Leading tokens of the row's sequence whose K/V the draft model has."""
+    def _num_computed(self, sequence: Sequence, pages: list[int]) -> int:
+        """Leading tokens of a sequence with these pages whose K/V the draft model has."""
         size = self._page_size
         total = 0
-        for page in row.pages:
+        for page in pages:
             generation, count = self._filled.get(page, (0, 0))
             if generation != self._generations[page]:
                 count = 0
             total += count
             if count < size:
                 break
-        drafted = self._drafted.get(row.sequence)
+        drafted = self._drafted.get(sequence)
         if drafted is None or total != drafted.known:
             return total
         first = total // size
-        now = self._places(row.pages[first : first + len(drafted.places)])
-        tokens = row.sequence.tokens[total:]
+        now = self._places(pages[first : first + len(drafted.places)])
+        tokens = sequence.tokens[total:]
         for position, (token, guess) in enumerate(
             zip(tokens, drafted.tokens, strict=False), drafted.known
         ):
@@ -120,7 +130,7 @@ class DraftModelProposer:
             if token != guess or index >= len(now) or now[index] != drafted.places[index]:
                 break
             total += 1
-        self._note(row.pages, drafted.known, total)
+        self._note(pages, drafted.known, total)
         return total
 
     def _places(self, pages: Seq[int]) -> list[tuple[int, int]]:

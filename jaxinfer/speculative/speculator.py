@@ -100,11 +100,18 @@ class Speculator:
             return True
         if any(row.num_new != 1 for row in plan.rows):
             return False
-        return any(self.lengths([r.sequence for r in plan.rows if not r.sequence.is_finished]))
+        return any(self._decide([r.sequence for r in plan.rows if not r.sequence.is_finished], 0))
 
     def lengths(self, sequences: list[Sequence]) -> list[int]:
-        """How many tokens to draft for each row of a decode step (the planner's DraftLengths)."""
-        chosen = self._choose(sequences)
+        """How many tokens to draft for each row of a decode step (the planner's DraftLengths).
+
+        The rows are made: each sequence counts the token that its row will sample as in flight.
+        """
+        return self._decide(sequences, 1)
+
+    def _decide(self, sequences: list[Sequence], num_planned: int) -> list[int]:
+        """Lengths, for sequences of whose tokens `num_planned` are only planned."""
+        chosen = self._choose(sequences, num_planned)
         if not any(chosen):
             for sequence in sequences:
                 accepted, tried = self._evidence.get(sequence, _PRIOR)
@@ -115,7 +122,7 @@ class Speculator:
                     )
         return chosen
 
-    def _choose(self, sequences: list[Sequence]) -> list[int]:
+    def _choose(self, sequences: list[Sequence], num_planned: int) -> list[int]:
         num_rows = len(sequences)
         none = [0] * num_rows
         limit = self.config.disable_by_batch_size
@@ -126,7 +133,7 @@ class Speculator:
         if plain is None:
             return none
         most = self.config.num_speculative_tokens
-        available = [self._available(sequence, most) for sequence in sequences]
+        available = [self._available(sequence, most, num_planned) for sequence in sequences]
         num_wanted = sum(available)
         if not num_wanted:
             return none
@@ -143,9 +150,9 @@ class Speculator:
                 break
         return best
 
-    def _available(self, sequence: Sequence, most: int) -> int:
+    def _available(self, sequence: Sequence, most: int, num_planned: int) -> int:
         """What can be drafted and used: a verified draft gives one token more than it has."""
-        room = sequence.request.max_tokens - sequence.num_generated - 1
+        room = sequence.request.max_tokens - (sequence.num_generated - num_planned) - 1
         return self.proposer.available(sequence, min(most, room)) if room > 0 else 0
 
     def _cost(self, bucket: int, base: int, plain: float) -> float:

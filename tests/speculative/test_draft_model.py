@@ -200,7 +200,7 @@ def bad(folders, error, draft="near", k=LENGTH, **options):
 
 
 def test_bad_drafts(folders, tmp_path):
-    bad(folders, "does not load", str(tmp_path / "nothing"))
+    bad(folders, "speculative_config: model '.*nothing'", str(tmp_path / "nothing"))
     bad(folders, r"takes 64 tokens and max_model_len is 1024; pass max_model_len=64", str(
         write_tiny_model(tmp_path / "short", max_position_embeddings=64)
     ))  # fmt: skip

@@ -209,12 +209,14 @@ def test_no_more_than_a_request_may_still_generate():
     one, other = sequences(2)
     for left, want in ((1, 0), (2, 1), (3, 2), (5, 4), (6, 4)):
         one.tokens = [1] * (2 + 100 - left)
+        one.num_in_flight = 1  # the token that the row being planned will sample
         assert made.lengths([one]) == [want]
+        one.num_in_flight = 0
         assert made.should_wait(plan_of([one])) == (want > 0)
     one.tokens = [1] * 98
-    one.num_in_flight = 1  # counts: the step to be planned is the one after
-    assert made.lengths([one]) == [2]
-    assert made.lengths([one, other]) == [2, 4]
+    one.num_in_flight = 1
+    assert made.lengths([one]) == [3]
+    assert made.lengths([one, other]) == [3, 3]
 
 
 def test_a_larger_bucket_is_taken_only_where_it_pays():
