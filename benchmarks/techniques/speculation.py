@@ -20,7 +20,8 @@ from jaxinfer import LLM, RequestOutput
 
 DRAFT_MS, TARGET_MS, LENGTH = 5, 50, 4
 """The literature's example: times of a draft step and of a target step, drafted tokens a round."""
-NGRAM = {"method": "ngram", "num_speculative_tokens": 15}
+NGRAM = {"method": "ngram"}
+LONGEST = 15
 OFF_IS = "the same engine without speculative_config"
 COUNTERS = ("num_steps", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
 _QUESTIONS = (
@@ -45,7 +46,8 @@ def literature() -> Literature:
 
 def measure(bench: Bench) -> Iterator[dict[str, Any]]:
     off = bench.engine(**bench.usual)
-    on = bench.engine(**bench.usual, speculative_config=NGRAM)
+    ngram = {**NGRAM, "num_speculative_tokens": bench.size(LONGEST, 3)}
+    on = bench.engine(**bench.usual, speculative_config=ngram)
     long, short = bench.size((128, 48), (12, 6))
     cases = (
         ("edits of a file, one at a time", edits(bench, off), 1.8),
@@ -57,7 +59,7 @@ def measure(bench: Bench) -> Iterator[dict[str, Any]]:
     if many != bench.usual["max_num_seqs"]:
         usual = {**bench.usual, "requests": many // 4, "max_num_seqs": many}
         off = bench.engine(**usual)
-        on = bench.engine(**usual, speculative_config=NGRAM)
+        on = bench.engine(**usual, speculative_config=ngram)
     asked = (edits(bench, off) * many)[:many]
     yield one_case(bench, off, on, f"edits of a file, {many} rows at once", [asked], short, 0.97)
 

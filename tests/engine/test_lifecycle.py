@@ -147,7 +147,7 @@ def test_config_has_everything_decided(tiny):
         undecided = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) is None}
         assert undecided <= {
             "tokenizer", "hf_overrides", "revision", "chat_template", "compilation_cache_dir",
-            "verbose",
+            "verbose", "quantization", "quantization_group_size", "speculative_config",
         }  # fmt: skip
         with pytest.raises(dataclasses.FrozenInstanceError):
             config.seed = 1  # type: ignore[misc]

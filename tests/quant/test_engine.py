@@ -29,7 +29,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):
     return write_tiny_model(tmp_path_factory.mktemp("quant") / "tiny")
 
 
-@pytest.fixture(scope="module", params=SCHEMES)
+# An engine for each takes half a minute; int8, int4 and fp8 take every path of the matmul but zero
+# points, which tests/kernels/test_quant_matmul.py has.
+_LONG = ("int8_weight_only", "int4_asymmetric")
+_PARAMS = [pytest.param(n, marks=[pytest.mark.slow] * (n in _LONG)) for n in SCHEMES]
+
+
+@pytest.fixture(scope="module", params=_PARAMS)
 def scheme(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -259,7 +259,7 @@ def test_engines(tiny, cases, texts, options, batch):
         assert (llm.get_metrics()["num_preemptions"] > 0) == few
 
 
-@pytest.mark.parametrize("length", [1, 12])
+@pytest.mark.parametrize("length", [1, pytest.param(12, marks=pytest.mark.slow)])
 def test_one_row_with_more_lanes_than_sequences(tiny, cases, texts, length):
     config = {**CONFIG, "num_speculative_tokens": length}
     options = {"max_num_seqs": 1, "max_num_batched_tokens": 32, "speculative_config": config}
