@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32
 
 from jaxinfer import sampling
 from jaxinfer.batch import Batch, Layout
-from jaxinfer.kv_cache import KVPages
+from jaxinfer.kv_cache import KVPages, write_tokens
 from jaxinfer.models import Model
 from jaxinfer.step import row_history
 from pallas_kernels.paged_attention import Ragged
@@ -58,7 +58,7 @@ def draft_step(
             model, params, pages, bias_table, batch, start, previous[0], valid_vocab
         )
         return DraftResult(previous, drafts), pages
-    written = _write_tokens(pages.tokens, batch.ragged.slots, batch.tokens)
+    written = write_tokens(pages.tokens, batch.ragged.slots, batch.tokens)
     _, layers = model.forward(params, pages.layers, batch.tokens, batch.positions, batch.ragged)
     drafts = jnp.zeros((layout.bucket.num_rows, 0), jnp.int32)
     return DraftResult(previous, drafts), KVPages(layers, written)
@@ -87,7 +87,7 @@ def _draft(
         tokens, drafts, layers, written = carry
         positions = batch.positions + i
         at = slots(positions)
-        written = _write_tokens(written, at, tokens)
+        written = write_tokens(written, at, tokens)
         ragged = Ragged(
             page_table=table,
             # Padding has no keys: it must not attend to what other rows left behind.
@@ -116,10 +116,3 @@ def _draft(
     start = (batch.tokens, drafts, pages.layers, pages.tokens)
     _, drafts, layers, written = jax.lax.fori_loop(0, length + 1, body, start)
     return drafts, KVPages(layers, written)
-
-
-def _write_tokens(
-    tokens: Int32[Array, "P page_size"], slots: Int32[Array, " T"], new: Int32[Array, " T"]
-) -> Int32[Array, "P page_size"]:
-    size = tokens.shape[1]
-    return tokens.at[slots // size, slots % size].set(new, mode="drop")

@@ -314,9 +314,11 @@ class Engine:
 
     def _verify(self, done: _InFlight, tokens: list[int]) -> dict[int, list[int]]:
         """For each row with a draft, what it emits after its first token."""
-        accepted = {}
+        accepted: dict[int, list[int]] = {}
+        if self.speculator is None:
+            return accepted
         for i, (row, lane) in enumerate(zip(done.plan.rows, done.first_lane, strict=True)):
-            if self.speculator is not None and row.draft and not row.sequence.is_finished:
+            if row.draft and not row.sequence.is_finished:
                 drawn = tokens[lane : lane + 1 + len(row.draft)]
                 accepted[i] = self.speculator.verify(row, drawn)[1:]
         return accepted

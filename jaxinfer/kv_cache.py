@@ -41,6 +41,14 @@ def allocate(model: Model, num_pages: int, page_size: int) -> KVPages:
     )
 
 
+def write_tokens(
+    tokens: Int32[Array, "P page_size"], slots: Int32[Array, " T"], new: Int32[Array, " T"]
+) -> Int32[Array, "P page_size"]:
+    """KVPages.tokens with `new` at flat slots page * page_size + i; slots past the end dropped."""
+    size = tokens.shape[1]
+    return tokens.at[slots // size, slots % size].set(new, mode="drop")
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """Bytes by purpose, decided before allocation. `limit` is what may be used, None if unknown."""

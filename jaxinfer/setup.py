@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxinfer import kv_cache, models, setup_draft, weights
+from jaxinfer import kv_cache, models, setup_draft
 from jaxinfer.batch import Builder
 from jaxinfer.bias import BiasRows
 from jaxinfer.buckets import Bucket, Buckets
@@ -30,6 +30,7 @@ from jaxinfer.scheduling.scheduler import Scheduler
 from jaxinfer.setup_model import (
     choose_dtype,
     load_params,
+    open_source,
     open_tokenizer,
     quantised,
     resolve_ops,
@@ -73,14 +74,7 @@ def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
     use_compile_cache(config.compilation_cache_dir)
     platform = jax.default_backend()
     with ExitStack() as stack:
-        source = stack.enter_context(
-            weights.open_model(
-                config.model,
-                hf_overrides=config.hf_overrides,
-                revision=config.revision,
-                weights=config.load_format != "dummy",
-            )
-        )
+        source = stack.enter_context(open_source(config))
         dtype = choose_dtype(config, source.config, platform)
         config = dataclasses.replace(config, page_size=_page_size(config, platform))
         ops = resolve_ops(config, source.config, dtype, platform)

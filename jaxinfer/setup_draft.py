@@ -17,6 +17,7 @@ from jaxinfer.scheduling.pages import PagePool
 from jaxinfer.setup_model import (
     choose_dtype,
     load_params,
+    open_source,
     open_tokenizer,
     quantised,
     resolve_ops,
@@ -76,7 +77,6 @@ def open_draft(
     Raises:
         ConfigError: it does not load, or has another vocabulary or tokenizer.
     """
-    own = config
     if speculative.model == "self":
         own = dataclasses.replace(
             config, quantization=speculative.quantization, quantization_group_size=None
@@ -108,14 +108,7 @@ def _open(
 ) -> Draft:
     """open_draft() with the draft model's `own` configuration."""
     with ExitStack() as stack:
-        source = stack.enter_context(
-            weights.open_model(
-                own.model,
-                hf_overrides=own.hf_overrides,
-                revision=own.revision,
-                weights=own.load_format != "dummy",
-            )
-        )
+        source = stack.enter_context(open_source(own))
         if speculative.model == "self" and source.quantised is not None:
             raise ConfigError(
                 f"{source.path} is quantised already ({source.quantised.describe()}); name a "

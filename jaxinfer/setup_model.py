@@ -20,6 +20,16 @@ from jaxinfer.weights import memory
 from pallas_kernels import dispatch
 
 
+def open_source(config: EngineConfig) -> weights.ModelSource:
+    """The model that `config` names, open and checked; with dummy weights it needs none."""
+    return weights.open_model(
+        config.model,
+        hf_overrides=config.hf_overrides,
+        revision=config.revision,
+        weights=config.load_format != "dummy",
+    )
+
+
 def choose_dtype(config: EngineConfig, model_config: ModelConfig, platform: str) -> str:
     if config.dtype != "auto":
         return config.dtype

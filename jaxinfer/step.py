@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from jaxinfer import sampling
 from jaxinfer.batch import Batch, Layout, StepResult
-from jaxinfer.kv_cache import KVPages
+from jaxinfer.kv_cache import KVPages, write_tokens
 from jaxinfer.models import Model
 from pallas_kernels.dispatch import Ops
 
@@ -41,9 +41,7 @@ def step(
     with jax.named_scope("feed"):
         fed = previous.at[jnp.maximum(batch.feed, 0)].get(mode="clip")
         tokens = jnp.where(batch.feed >= 0, jnp.maximum(fed, 0), batch.tokens)
-        size = pages.tokens.shape[1]
-        slots = batch.ragged.slots
-        page_tokens = pages.tokens.at[slots // size, slots % size].set(tokens, mode="drop")
+        page_tokens = write_tokens(pages.tokens, batch.ragged.slots, tokens)
     hidden, layers = model.forward(params, pages.layers, tokens, batch.positions, batch.ragged)
     with jax.named_scope("logits"):
         logits = model.logits(params, hidden.at[batch.last].get(mode="clip"))
