@@ -55,6 +55,11 @@ class QuantArray:
         """The axes that are not contracted."""
         return tuple(a for a in range(len(self.shape)) if a not in self.contracted)
 
+    @property
+    def num_bytes(self) -> int:
+        """What its arrays take."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree_util.tree_leaves(self))
+
 
 def einsum(spec: str, x: jax.Array, w: Any, quant_matmul: QuantMatmul) -> jax.Array:
     """`einsum(spec, x, w)`, accumulated and returned in float32, w an array or a QuantArray.

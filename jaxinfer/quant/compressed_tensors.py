@@ -15,6 +15,7 @@ from jaxinfer.quant.packed import (
     WORD_BITS,
     PackedWeight,
     StoredModule,
+    check_group_indices,
     group_indices,
     signed,
     unpack_rows,
@@ -54,15 +55,15 @@ def logical_shape(stored: StoredModule, fmt: CheckpointFormat) -> tuple[int, int
     elif not (num_groups == 1 and stored.parts["weight_scale"].shape == (num_columns,)):
         stored.expect_shape("weight_scale", (num_columns, num_groups), why)
     _check_zeros(stored, fmt, (num_columns, num_groups), why)
-    if "weight_g_idx" in stored.parts:
-        stored.expect_shape("weight_g_idx", (num_rows,), why)
-        stored.expect_dtype("weight_g_idx", "I32", "I64")
-    elif fmt.act_order and num_groups > 1:
-        stored.fail(
-            "weight_g_idx",
-            "is missing, though actorder is group: without it the groups of the inputs are "
-            "unknown; download every file of the checkpoint",
-        )
+    check_group_indices(
+        stored,
+        "weight_g_idx",
+        num_rows,
+        needed=fmt.act_order and num_groups > 1,
+        missing="is missing, though actorder is group: without it the groups of the inputs are "
+        "unknown; download every file of the checkpoint",
+        why=why,
+    )
     return num_rows, num_columns
 
 

@@ -13,6 +13,7 @@ from jaxinfer.quant.packed import (
     WORD_BITS,
     PackedWeight,
     StoredModule,
+    check_group_indices,
     group_indices,
     signed,
     unpack_rows,
@@ -46,15 +47,15 @@ def logical_shape(stored: StoredModule, fmt: CheckpointFormat) -> tuple[int, int
     stored.expect_dtype("qweight", "I32")
     stored.expect_dtype("qzeros", "I32")
     stored.expect_dtype("scales", "F16", "BF16", "F32")
-    if "g_idx" in stored.parts:
-        stored.expect_shape("g_idx", (num_rows,), why)
-        stored.expect_dtype("g_idx", "I32", "I64")
-    elif fmt.act_order and num_groups > 1:
-        stored.fail(
-            "g_idx",
-            "is missing, though desc_act is true: without it the groups of the rows are "
-            "unknown; download every file, or set desc_act to false if it was not used",
-        )
+    check_group_indices(
+        stored,
+        "g_idx",
+        num_rows,
+        needed=fmt.act_order and num_groups > 1,
+        missing="is missing, though desc_act is true: without it the groups of the rows are "
+        "unknown; download every file, or set desc_act to false if it was not used",
+        why=why,
+    )
     return num_rows, num_columns
 
 

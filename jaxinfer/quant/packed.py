@@ -214,6 +214,18 @@ def signed(integers: np.ndarray, bits: int) -> np.ndarray:
     )
 
 
+def check_group_indices(
+    stored: StoredModule, part: str, num_rows: int, *, needed: bool, missing: str, why: str
+) -> None:
+    """The header of `part`, the group of each input, where it is stored; an error that says
+    `missing` where it is `needed` and is not."""
+    if part in stored.parts:
+        stored.expect_shape(part, (num_rows,), why)
+        stored.expect_dtype(part, "I32", "I64")
+    elif needed:
+        stored.fail(part, missing)
+
+
 def group_indices(stored: StoredModule, part: str, num_groups: int) -> np.ndarray:
     """The group of each input row, int32 [K]; ModelFormatError where one does not exist."""
     g_idx: np.ndarray[Any, Any] = stored.load(part).astype(np.int32)
