@@ -6,14 +6,11 @@ of a seeded draw) and demands that they are closer than 1e-4: a tie that roundin
 way.
 """
 
-import dataclasses
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer import LLM, SamplingParams, sampling
+from jaxinfer import LLM, SamplingParams
+from tests.engine.ties import score_gap
 from tests.helpers import assert_no_leak, tiny_llm
 
 TIE = 1e-4
@@ -63,37 +60,14 @@ class Reference:
     def _run(self, ids: list[int], choose: SamplingParams) -> list[int]:
         return self.llm.generate(ids, choose)[0].outputs[0].token_ids
 
-    def gap(self, ids: list[int], choose: SamplingParams, one: int, other: int) -> float:
-        """How far apart the scores of two tokens are after `ids`."""
-        ask = dataclasses.replace(choose, max_tokens=1, logprobs=20, temperature=0)
-        entry = self.llm.generate(ids, ask)[0].outputs[0].logprobs[0]
-        if one not in entry or other not in entry:
-            return float("inf")
-        scores = np.array([entry[one].logprob, entry[other].logprob])
-        if not choose.is_greedy:
-            zero = jnp.zeros((1,), jnp.int32)
-            seed = jnp.full((1,), choose.seed, jnp.int32)
-            row = SimpleKeys(seed, zero, zero, jnp.full((1,), len(ids), jnp.int32))
-            noise = jax.random.gumbel(sampling.row_keys(row)[0], (264,), jnp.float32)
-            scores = scores + np.asarray(noise)[[one, other]]
-        return float(abs(scores[0] - scores[1]))
-
     def check(self, i: int, got: list[int]) -> None:
         want = self.tokens[i]
         assert len(got) == len(want)
         for at, (a, b) in enumerate(zip(got, want, strict=True)):
             if a != b:
-                gap = self.gap(prompts()[i] + want[:at], params(i), a, b)
+                gap = score_gap(self.llm, prompts()[i] + want[:at], params(i), a, b)
                 assert gap < TIE, f"prompt {i}, token {at}: {a} for {b}, {gap:.2e} apart"
                 return  # what follows a tie continues another text
-
-
-@dataclasses.dataclass
-class SimpleKeys:
-    seed_low: jax.Array
-    seed_high: jax.Array
-    sample_index: jax.Array
-    position: jax.Array
 
 
 @pytest.fixture(scope="module")
