@@ -14,6 +14,7 @@ from jaxinfer.errors import ConfigError
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 QuantizationName = Literal["int8", "int8_weight_only", "int4", "int4_asymmetric", "fp8"]
+KVCacheDTypeName = Literal["auto", "int8", "fp8", "fp8_e4m3"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,6 @@ class ModelConfig:
 
 
 _LATER = {
-    "kv_cache_dtype": "quantised KV pages",
     "pipeline_parallel_size": "several devices",
     "data_parallel_size": "several devices",
     "enable_lora": "LoRA",
@@ -149,7 +149,7 @@ class EngineConfig:
     skip_tokenizer_init: bool = False
     """Serve token ids only."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights and pages; "auto": the checkpoint's on GPU and TPU, float32 on a CPU."""
+    """Weights, activations, pages; "auto": the checkpoint's on GPU and TPU, float32 on a CPU."""
     quantization: QuantizationName | None = None
     """Quantise the layers' matrices while they load: "int8" (weights and activations),
     "int8_weight_only", "int4" (symmetric), "int4_asymmetric" (with zero points), "fp8" (e4m3
@@ -178,6 +178,9 @@ class EngineConfig:
     """Most sequences that may wait for admission."""
     page_size: int | None = None
     """Tokens in a page; None: 16 on a CPU, 64 on a GPU, 128 on a TPU."""
+    kv_cache_dtype: KVCacheDTypeName = "auto"
+    """What pages hold: "auto": `dtype`; "int8" or "fp8" (e4m3, which vLLM calls "fp8_e4m3" too), with
+    a float32 scale for each token and head: nearly twice the tokens of bfloat16 in equal memory."""
     num_pages: int | None = None
     """Pages in the pool; None: what kv_cache_memory_bytes or the device's memory allows."""
     kv_cache_memory_bytes: int | None = None
@@ -261,6 +264,7 @@ class EngineConfig:
         for name, choices in (
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
             ("quantization", (None, *get_args(QuantizationName))),
+            ("kv_cache_dtype", get_args(KVCacheDTypeName)),
             ("load_format", ("auto", "dummy")),
             ("scheduling_policy", ("fcfs", "priority")),
         ):

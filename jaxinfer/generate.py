@@ -21,7 +21,6 @@ from jaxinfer.models import Model
 from jaxinfer.sampling_params import SamplingParams, check_int
 from pallas_kernels.paged_attention import Ragged
 
-_PAGE_SIZE = 16
 _IGNORED_FIELDS = ("max_tokens", "output_kind", "detokenize", "skip_special_tokens")
 _IGNORED_FIELDS += ("spaces_between_special_tokens", "include_stop_str_in_output")
 _APPLIED_FIELDS = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "min_tokens")
@@ -70,7 +69,7 @@ def generate(
 
     Args:
         model, params: `llm.model` and `llm.params`. Close over `model`
-            when jitting; it is static.
+            when jitting; it is static, and its `page_dtype` is that of the pages.
         tokens: prompts, int32, padded on the right with anything.
         lengths: true prompt lengths, each in 1..S. The caller answers for this inside jit, where
             values cannot be checked.
@@ -89,8 +88,9 @@ def generate(
     choose = SamplingParams(temperature=0.0) if sampling is None else sampling
     rows, width = _check(model, tokens, lengths, max_new_tokens, choose, key)
     eos = () if choose.ignore_eos else _eos_ids(eos_id, model.config.vocab_size)
-    pages_per_row = -(-(width + max_new_tokens) // _PAGE_SIZE)
-    pages = kv_cache.allocate(model, rows * pages_per_row + 1, _PAGE_SIZE)
+    page_size = kv_cache.PAGE_SIZES[model.ops.platform]
+    pages_per_row = -(-(width + max_new_tokens) // page_size)
+    pages = kv_cache.allocate(model, rows * pages_per_row + 1, page_size)
     table = 1 + jnp.arange(rows * pages_per_row, dtype=jnp.int32).reshape(rows, pages_per_row)
     lengths = lengths.astype(jnp.int32)
     unused = jax.random.key(0)  # greedy rows draw nothing, but the sampler traces the draw
@@ -98,7 +98,7 @@ def generate(
         "valid_vocab", valid_vocab or model.config.vocab_size, 1, model.config.vocab_size
     )
     draw = partial(_draw, model, choose, unused if key is None else key, eos, vocab, lengths)
-    hidden, layers = _prefill(model, params, pages.layers, table, tokens, lengths)
+    hidden, layers = _prefill(model, params, pages.layers, table, page_size, tokens, lengths)
     history = jnp.pad(tokens.astype(jnp.int32), ((0, 0), (0, max_new_tokens)))
     zeros = jnp.zeros((rows, max_new_tokens))
     state = _State(
@@ -115,7 +115,7 @@ def generate(
         return (state.step < max_new_tokens) & ~jnp.all(state.done)
 
     def body(state: _State) -> _State:
-        hidden, state = _decode(model, params, table, state)
+        hidden, state = _decode(model, params, table, page_size, state)
         return draw(params, hidden, state)
 
     return jax.lax.while_loop(more, body, state).out
@@ -177,7 +177,7 @@ def _eos_ids(eos_id: object, vocab_size: int) -> tuple[int, ...]:
     return tuple(check_int("eos_id", token, 0, vocab_size - 1) for token in ids)
 
 
-def _prefill(model: Model, params, layers, table, tokens, lengths):
+def _prefill(model: Model, params, layers, table, page_size: int, tokens, lengths):
     """All prompts as one ragged batch; hidden states [B, D] of each prompt's last token."""
     rows, width = tokens.shape
     ends = jnp.cumsum(lengths, dtype=jnp.int32)
@@ -187,7 +187,7 @@ def _prefill(model: Model, params, layers, table, tokens, lengths):
     real = flat < ends[-1]
     position = jnp.where(real, flat - starts[row], 0)
     ids = jnp.where(real, tokens.astype(jnp.int32)[row, position], 0)
-    slots = table[row, position // _PAGE_SIZE] * _PAGE_SIZE + position % _PAGE_SIZE
+    slots = table[row, position // page_size] * page_size + position % page_size
     ragged = Ragged(
         page_table=table,
         kv_lens=lengths,
@@ -200,13 +200,13 @@ def _prefill(model: Model, params, layers, table, tokens, lengths):
     return hidden[ends - 1], layers
 
 
-def _decode(model: Model, params, table, state: _State):
+def _decode(model: Model, params, table, page_size: int, state: _State):
     """One token of each row: the last of its history. Rows that are done write to page 0."""
     rows = table.shape[0]
     position = state.kv_lens
     row = jnp.arange(rows, dtype=jnp.int32)
     ids = jnp.maximum(state.history[row, position], 0)
-    slots = table[row, position // _PAGE_SIZE] * _PAGE_SIZE + position % _PAGE_SIZE
+    slots = table[row, position // page_size] * page_size + position % page_size
     ragged = Ragged(
         page_table=table,
         kv_lens=position + 1,

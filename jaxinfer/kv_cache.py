@@ -14,6 +14,8 @@ from jaxinfer.errors import CapacityError
 from jaxinfer.models import Model
 
 GIB = 2**30
+PAGE_SIZES = {"cpu": 16, "gpu": 64, "tpu": 128}
+"""Tokens in a page by platform, where nothing is said."""
 CPU_KV_BYTES = 3 * GIB // 4
 """What the pages may take on a CPU when nothing is said: room for 17,000 tokens of the default
 model."""
@@ -22,7 +24,8 @@ model."""
 @partial(jax.tree_util.register_dataclass)
 @dataclass(frozen=True)
 class KVPages:
-    """All pages: one opaque pytree per layer (pallas_kernels owns its layout), and the token ids.
+    """All pages: one opaque pytree per layer (pallas_kernels owns its layout, and the scales of
+    quantised K and V are in it), and the token ids.
 
     `tokens[p, i]` is the id whose K/V lie at slot i of page p, so that a row's history (for
     penalties) is read through its page table like its keys, whatever was shared, copied or
@@ -60,6 +63,7 @@ class MemoryPlan:
     limit: int | None
     num_pages: int
     page_size: int
+    page_dtype: str
     max_model_len: int
     max_num_seqs: int
 
@@ -75,7 +79,7 @@ class MemoryPlan:
     def __str__(self) -> str:
         rows = [
             ("weights", self.weights),
-            ("KV pages", self.pages),
+            (f"KV pages ({self.page_dtype})", self.pages),
             ("activations (estimate)", self.activations),
             ("sampler state", self.sampler),
             ("total", self.total),
@@ -204,6 +208,7 @@ def make_plan(
         limit=limit,
         num_pages=usable + 1,
         page_size=page_size,
+        page_dtype=model.page_dtype,
         max_model_len=fits,
         max_num_seqs=max_num_seqs,
     )

@@ -32,6 +32,7 @@ from jaxinfer.setup_model import (
     load_params,
     open_source,
     open_tokenizer,
+    page_dtype,
     quantised,
     resolve_ops,
 )
@@ -39,10 +40,10 @@ from jaxinfer.speculative.config import SpeculativeConfig
 from jaxinfer.speculative.speculator import Speculator
 from jaxinfer.tokenizer import Tokenizer
 
-_DEFAULTS = {  # platform: (page_size, max_num_seqs, max_num_batched_tokens)
-    "cpu": (16, 64, 512),
-    "gpu": (64, 256, 2048),
-    "tpu": (128, 256, 2048),
+_DEFAULTS = {  # platform: (max_num_seqs, max_num_batched_tokens)
+    "cpu": (64, 512),
+    "gpu": (256, 2048),
+    "tpu": (256, 2048),
 }
 
 
@@ -78,7 +79,8 @@ def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
         dtype = choose_dtype(config, source.config, platform)
         config = dataclasses.replace(config, page_size=_page_size(config, platform))
         ops = resolve_ops(config, source.config, dtype, platform)
-        model = quantised(config, models.build(source.config, ops, dtype), source)
+        model = models.build(source.config, ops, dtype, page_dtype(config, dtype))
+        model = quantised(config, model, source)
         tokenizer = open_tokenizer(config, source)
         draft = None
         if speculative is not None and speculative.model is not None:
@@ -131,7 +133,7 @@ def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
 
 
 def _page_size(config: EngineConfig, platform: str) -> int:
-    return config.page_size or _DEFAULTS.get(platform, _DEFAULTS["gpu"])[0]
+    return config.page_size or kv_cache.PAGE_SIZES.get(platform, kv_cache.PAGE_SIZES["gpu"])
 
 
 def _refuse_contradictions(config: EngineConfig) -> None:
@@ -174,7 +176,7 @@ def _decide(
     speculative: SpeculativeConfig | None,
 ) -> EngineConfig:
     """Fill in what was left open, but for what the memory plan decides."""
-    _, rows, tokens = _DEFAULTS.get(platform, _DEFAULTS["gpu"])
+    rows, tokens = _DEFAULTS.get(platform, _DEFAULTS["gpu"])
     limit = model_config.max_position
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ConfigError(
@@ -202,6 +204,7 @@ def _decide(
         config,
         model=config.model or name,
         dtype=dtype,
+        kv_cache_dtype="fp8" if config.kv_cache_dtype == "fp8_e4m3" else config.kv_cache_dtype,
         max_num_seqs=rows,
         max_num_batched_tokens=tokens,
     )

@@ -19,6 +19,7 @@ from jaxinfer.setup_model import (
     load_params,
     open_source,
     open_tokenizer,
+    page_dtype,
     quantised,
     resolve_ops,
 )
@@ -117,7 +118,8 @@ def _open(
         vocab = _common_vocabulary(own, source, target, tokenizer)
         dtype = choose_dtype(own, source.config, platform)
         ops = resolve_ops(own, source.config, dtype, platform)
-        model = quantised(own, models.build(source.config, ops, dtype), source)
+        model = models.build(source.config, ops, dtype, page_dtype(own, dtype))
+        model = quantised(own, model, source)
         stack.pop_all()  # it stays open: its weights are read later
     limit = source.config.max_position
     wanted = speculative.max_model_len or limit

@@ -36,6 +36,11 @@ def choose_dtype(config: EngineConfig, model_config: ModelConfig, platform: str)
     return "float32" if platform == "cpu" else model_config.dtype
 
 
+def page_dtype(config: EngineConfig, dtype: str) -> str:
+    """What pages hold under `config.kv_cache_dtype`, by jax's name; `dtype` is the model's."""
+    return {"auto": dtype, "int8": "int8"}.get(config.kv_cache_dtype, "float8_e4m3fn")
+
+
 def resolve_ops(
     config: EngineConfig, model_config: ModelConfig, dtype: str, platform: str
 ) -> dispatch.Ops:
@@ -45,12 +50,16 @@ def resolve_ops(
         head_dim=model_config.head_dim,
         page_size=config.page_size or 0,
         dtype=dtype,
-        page_dtype=dtype,
+        page_dtype=page_dtype(config, dtype),
     )
     try:
         return dispatch.resolve(config.attention_impl, platform, spec=spec)
     except ValueError as error:
-        raise ConfigError(f"attention_impl: {error}", field="attention_impl") from None
+        remedy = "leave attention_impl out"
+        if config.kv_cache_dtype != "auto":
+            remedy += f", or kv_cache_dtype, which is {config.kv_cache_dtype!r}"
+        message = f"attention_impl: {error}; {remedy}"
+        raise ConfigError(message, field="attention_impl") from None
 
 
 def quantised(config: EngineConfig, model: Model, source: weights.ModelSource) -> Model:

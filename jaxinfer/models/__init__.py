@@ -48,9 +48,10 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 )
 
 
-def build(config: ModelConfig, ops: Any, dtype: str) -> Model:
+def build(config: ModelConfig, ops: Any, dtype: str, page_dtype: str | None = None) -> Model:
     """The model of `config`, computing in `dtype` ("float32", "bfloat16", "float16") with `ops`.
 
+    Its pages hold `page_dtype`, a name of `pallas_kernels.common.PAGE_DTYPES`; None: `dtype`.
     Raises ConfigError for an architecture or a dtype that is not known.
     """
     if config.architecture not in ARCHITECTURES:
@@ -70,6 +71,7 @@ def build(config: ModelConfig, ops: Any, dtype: str) -> Model:
         config=config,
         ops=ops,
         dtype=dtype,
+        page_dtype=page_dtype or dtype,
         rules=entry.rules(config),
         ignored=(*entry.ignored, *tied),
         module=Decoder(config, ops, dtype, entry.block, entry.norm),

@@ -25,13 +25,15 @@ Params = dict[str, Any]
 @dataclass(frozen=True)
 class Model:
     """What to compute (`module`), which checkpoint tensors it needs (`rules`) or may leave unused
-    (`ignored`, fnmatch patterns). `dtype` is that of matmul weights, activations and pages;
+    (`ignored`, fnmatch patterns). `dtype` is that of matmul weights and activations, `page_dtype`
+    what pages hold: `dtype`, or "int8" or "float8_e4m3fn" with scales;
     `formats` says which weights are QuantArrays instead, and how they are quantised.
     """
 
     config: ModelConfig
     ops: Any
     dtype: str
+    page_dtype: str
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...]
     module: nn.Module
@@ -94,14 +96,14 @@ class Model:
         config = self.config
         return tuple(
             self.ops.allocate(
-                num_pages, page_size, config.num_kv_heads, config.head_dim, self.dtype
+                num_pages, page_size, config.num_kv_heads, config.head_dim, self.page_dtype
             )
             for _ in range(config.num_layers)
         )
 
     def page_bytes(self, page_size: int) -> int:
-        """Bytes that one page takes over all layers."""
+        """Bytes that one page takes over all layers, scales included."""
         config = self.config
         return config.num_layers * self.ops.page_bytes(
-            page_size, config.num_kv_heads, config.head_dim, self.dtype
+            page_size, config.num_kv_heads, config.head_dim, self.page_dtype
         )
