@@ -17,6 +17,8 @@ from jaxinfer.buckets import Bucket
 from jaxinfer.step import step
 from pallas_kernels import Spec, resolve
 from pallas_kernels.aot import CHIPS, Program
+from pallas_kernels.aot_cases import MAY_COPY_SCALES
+from pallas_kernels.common import QUANTISED
 
 GIB = 2**30
 
@@ -59,6 +61,8 @@ _PLANS: dict[str, tuple[str, dict[str, Any], int, int, int, int]] = {
     "h200": ("Llama-3.1-8B", _LLAMA_3_1_8B, 96 * GIB, 64, 256, 2048),
 }
 _MAX_MODEL_LEN = 8192
+_QUANTISED_ON = ("v6e", "h200")
+"""Chips for which the mixed step, which has the kernels of both, is there with 8-bit pages too."""
 
 
 def programs(chip_name: str) -> list[Program]:
@@ -66,32 +70,41 @@ def programs(chip_name: str) -> list[Program]:
     none for a chip whose memory no plan is made for."""
     if chip_name not in _PLANS:
         return []
+    rows, tokens = _PLANS[chip_name][4:]
+    decode, mixed = Bucket(rows, rows), Bucket(tokens, rows)
+    asked = [("bfloat16", decode), ("bfloat16", mixed)]
+    if chip_name in _QUANTISED_ON:
+        asked += [("int8", mixed), ("float8_e4m3fn", mixed)]
+    return [_program(chip_name, page_dtype, bucket) for page_dtype, bucket in asked]
+
+
+def _program(chip_name: str, page_dtype: str, bucket: Bucket) -> Program:
+    """The step of `bucket` in bfloat16 with pages of `page_dtype`."""
     chip = CHIPS[chip_name]
-    name, hf_config, page_memory, page_size, rows, tokens = _PLANS[chip_name]
+    name, hf_config, page_memory, page_size, rows, _ = _PLANS[chip_name]
     config = weights.config_from_hf(hf_config, None)
     spec = Spec(
-        config.num_heads, config.num_kv_heads, config.head_dim, page_size, "bfloat16", "bfloat16"
+        config.num_heads, config.num_kv_heads, config.head_dim, page_size, "bfloat16", page_dtype
     )
     ops = resolve("auto", chip.platform, spec=spec, device_kind=chip.device_kind)
-    model = models.build(config, ops, "bfloat16")
+    model = models.build(config, ops, "bfloat16", page_dtype)
     num_pages = page_memory // model.page_bytes(page_size)
     pages = jax.eval_shape(partial(kv_cache.allocate, model, num_pages, page_size))
-    found = []
-    for bucket in (Bucket(rows, rows), Bucket(tokens, rows)):
-        layout = Layout(bucket, pages_per_row=_MAX_MODEL_LEN // page_size)
-        found.append(
-            Program(
-                name=f"step {name} {bucket}",
-                function=partial(step, model, layout, num_top=20, valid_vocab=config.vocab_size),
-                args=(
-                    model.shapes(),
-                    pages,
-                    jax.ShapeDtypeStruct((rows + 1, config.vocab_size), jnp.float32),
-                    jax.ShapeDtypeStruct((rows,), jnp.int32),
-                    jax.ShapeDtypeStruct((layout.size,), jnp.int32),
-                ),
-                donate=("pages",),
-                note=f"{ops.name}, {num_pages} pages of {page_size}",
-            )
-        )
-    return found
+    layout = Layout(bucket, pages_per_row=_MAX_MODEL_LEN // page_size)
+    moves_scales = ops.name == "tpu" and page_dtype in QUANTISED
+    kind = "" if page_dtype == "bfloat16" else f" {page_dtype} pages"
+    return Program(
+        name=f"step {name} {bucket}{kind}",
+        function=partial(step, model, layout, num_top=20, valid_vocab=config.vocab_size),
+        args=(
+            model.shapes(),
+            pages,
+            jax.ShapeDtypeStruct((rows + 1, config.vocab_size), jnp.float32),
+            jax.ShapeDtypeStruct((rows,), jnp.int32),
+            jax.ShapeDtypeStruct((layout.size,), jnp.int32),
+        ),
+        donate=("pages",),
+        may_copy=MAY_COPY_SCALES if moves_scales else None,
+        may_copy_dtype="float32" if moves_scales else None,
+        note=f"{ops.name}, {num_pages} pages of {page_size}",
+    )

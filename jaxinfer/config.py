@@ -179,8 +179,8 @@ class EngineConfig:
     page_size: int | None = None
     """Tokens in a page; None: 16 on a CPU, 64 on a GPU, 128 on a TPU."""
     kv_cache_dtype: KVCacheDTypeName = "auto"
-    """What pages hold: "auto": `dtype`; "int8" or "fp8" (e4m3, which vLLM calls "fp8_e4m3" too), with
-    a float32 scale for each token and head: nearly twice the tokens of bfloat16 in equal memory."""
+    """What pages hold: "auto": `dtype`; "int8" or "fp8" (e4m3; "fp8_e4m3" is the same), with a
+    float32 scale for each token and head: nearly twice the tokens of bfloat16 in equal memory."""
     num_pages: int | None = None
     """Pages in the pool; None: what kv_cache_memory_bytes or the device's memory allows."""
     kv_cache_memory_bytes: int | None = None

@@ -414,12 +414,15 @@ class LLM:
         return self._tokenizer
 
     def get_metrics(self) -> dict[str, float | int]:
-        """Counters since the start; times in seconds, percentiles over the last few thousand."""
+        """Counters since the start; times in seconds, percentiles over the last few thousand; what
+        the pages take and hold."""
         speculator = self.engine.speculator
         return {
             **self.engine.metrics.summary(),
             **self.engine.scheduler.metrics(),
             **(speculator.metrics() if speculator else {}),
+            "kv_cache_bytes": self.memory_plan.pages,
+            "kv_cache_tokens": self.memory_plan.num_tokens,
             "num_compiles": COMPILES.compiles,
             "num_compile_cache_hits": COMPILES.cache_hits,
             "num_compiles_after_warmup": sum(

@@ -30,7 +30,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="attention_impl of the tiny engines: the engine's tests through another kernel "
         "(pytest tests/engine --attention-impl interpret)",
     )
+    parser.addoption(
+        "--kv-cache-dtype",
+        default="auto",
+        choices=list(helpers.TIES),
+        help="kv_cache_dtype of the tiny engines: the engine's tests with 8-bit pages",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     helpers.ENGINE_DEFAULTS["attention_impl"] = config.getoption("--attention-impl")
+    helpers.ENGINE_DEFAULTS["kv_cache_dtype"] = config.getoption("--kv-cache-dtype")

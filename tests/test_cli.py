@@ -212,6 +212,20 @@ def test_verbose_is_told_on_standard_error(run, texts):
     assert "memory plan:" in err
 
 
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_kv_cache_dtype(run_fresh, model, dtype):
+    with tiny_llm(model, kv_cache_dtype=dtype) as llm:
+        text = llm.generate("two words", Sampling(max_tokens=8).params())[0].outputs[0].text
+    found = run_fresh("generate", "two words", "--kv-cache-dtype", dtype, *EIGHT)
+    assert found == (0, text + "\n", "")
+
+
+def test_another_kv_cache_dtype_is_refused_with_the_list(run_fresh):
+    status, out, err = run_fresh("generate", "one", "--kv-cache-dtype", "int4", *EIGHT)
+    assert (status, out) == (2, "")
+    assert "kv-cache-dtype" in err and "int8" in err and "fp8" in err
+
+
 # -- exit status -----------------------------------------------------------------------
 
 

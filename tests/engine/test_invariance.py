@@ -2,7 +2,7 @@
 
 Greedy and seeded. XLA picks other loops for other shapes, so float32 sums round differently; where
 a token differs from the reference's, the test computes both tokens' scores (logits, and the noise
-of a seeded draw) and demands that they are closer than 1e-4: a tie that rounding may break either
+of a seeded draw) and demands that they are closer than TIES: a tie that rounding may break either
 way.
 """
 
@@ -11,9 +11,8 @@ import pytest
 
 from jaxinfer import LLM, SamplingParams
 from tests.engine.ties import score_gap
-from tests.helpers import assert_no_leak, tiny_llm
+from tests.helpers import ENGINE_DEFAULTS, TIES, assert_no_leak, tiny_llm
 
-TIE = 1e-4
 NUM_PROMPTS = 32
 NEW_TOKENS = 12
 
@@ -47,13 +46,15 @@ def params(i: int) -> SamplingParams:
 class Reference:
     """Tokens of each prompt alone: no batch, no cache, no overlap, one chunk."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, **options):
+        self.tie = TIES[{**ENGINE_DEFAULTS, **options}["kv_cache_dtype"]]
         self.llm = tiny_llm(
             folder,
             max_num_seqs=1,
             max_num_batched_tokens=128,
             enable_prefix_caching=False,
             async_scheduling=False,
+            **options,
         )
         self.tokens = [self._run(ids, params(i)) for i, ids in enumerate(prompts())]
 
@@ -66,7 +67,7 @@ class Reference:
         for at, (a, b) in enumerate(zip(got, want, strict=True)):
             if a != b:
                 gap = score_gap(self.llm, prompts()[i] + want[:at], params(i), a, b)
-                assert gap < TIE, f"prompt {i}, token {at}: {a} for {b}, {gap:.2e} apart"
+                assert gap < self.tie, f"prompt {i}, token {at}: {a} for {b}, {gap:.2e} apart"
                 return  # what follows a tie continues another text
 
 

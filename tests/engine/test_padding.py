@@ -1,6 +1,7 @@
 """Padding never speaks: what padding and unused pages hold changes no bit of any output."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,7 +28,9 @@ def poison_pages(llm) -> None:
     """Every page that holds nothing yet: all of them, page 0 too."""
     runner = llm.engine.runner
     runner.pages = jax.tree_util.tree_map(
-        lambda x: jax.numpy.full_like(x, np.nan if x.dtype == np.float32 else 2**31 - 1),
+        lambda x: jnp.full_like(
+            x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).max
+        ),
         runner.pages,
     )
 
@@ -57,9 +60,21 @@ def poison_padding(monkeypatch: pytest.MonkeyPatch) -> list[HostBatch]:
     return seen
 
 
-@pytest.mark.parametrize("impl", ["xla", "reference"])
-def test_nan_in_padding_and_unused_pages_changes_no_bit(tiny, monkeypatch, impl):
+@pytest.mark.parametrize(
+    ("impl", "kv_cache_dtype"),
+    [
+        ("xla", "auto"),
+        ("reference", "auto"),
+        ("xla", "int8"),
+        ("xla", "fp8"),
+        pytest.param("reference", "fp8", marks=pytest.mark.slow),
+        pytest.param("interpret", "int8", marks=pytest.mark.slow),
+        pytest.param("interpret", "fp8", marks=pytest.mark.slow),
+    ],
+)
+def test_nan_in_padding_and_unused_pages_changes_no_bit(tiny, monkeypatch, impl, kv_cache_dtype):
     options = {"max_num_batched_tokens": 32, "attention_impl": impl, "num_pages": 60}
+    options["kv_cache_dtype"] = kv_cache_dtype
     with tiny_llm(tiny, **options) as llm:
         clean = run(llm)
     seen = poison_padding(monkeypatch)

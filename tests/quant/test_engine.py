@@ -14,7 +14,7 @@ from jaxinfer.errors import ModelFormatError
 from jaxinfer.params import flatten
 from jaxinfer.quant.arrays import QuantArray
 from jaxinfer.quant.schemes import SCHEMES
-from tests.engine.test_invariance import NUM_PROMPTS, Reference, params, prompts, run
+from tests.engine.test_invariance import NUM_PROMPTS, Reference, run
 from tests.helpers import TINY_CONFIG, greedy, one, tiny_llm, tiny_weights, write_tiny_model
 
 OPTIONS = {
@@ -43,22 +43,9 @@ def scheme(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def reference(tiny, scheme: str):
     """Each prompt alone, under the scheme."""
-    made = QuantReference(tiny, scheme)
+    made = Reference(tiny, **OPTIONS[scheme])
     yield made
     made.llm.close()
-
-
-class QuantReference(Reference):
-    def __init__(self, folder, scheme: str):
-        self.llm = tiny_llm(
-            folder,
-            max_num_seqs=1,
-            max_num_batched_tokens=128,
-            enable_prefix_caching=False,
-            async_scheduling=False,
-            **OPTIONS[scheme],
-        )
-        self.tokens = [self._run(ids, params(i)) for i, ids in enumerate(prompts())]
 
 
 def test_tokens_do_not_depend_on_batch_mates_chunks_or_cache(tiny, scheme: str, reference):
