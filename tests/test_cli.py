@@ -214,7 +214,7 @@ def test_verbose_is_told_on_standard_error(run, texts):
 
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])
 def test_kv_cache_dtype(run_fresh, model, dtype):
-    with tiny_llm(model, kv_cache_dtype=dtype) as llm:
+    with tiny_llm(model, max_num_seqs=2, max_num_batched_tokens=32, kv_cache_dtype=dtype) as llm:
         text = llm.generate("two words", Sampling(max_tokens=8).params())[0].outputs[0].text
     found = run_fresh("generate", "two words", "--kv-cache-dtype", dtype, *EIGHT)
     assert found == (0, text + "\n", "")
