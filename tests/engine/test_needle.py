@@ -1,4 +1,4 @@
-"""A pass key read 4,096 tokens ago: the default model finds it with float pages, so it must with 8-bit
+"""A pass key in 4,096 tokens: the default model finds it with float pages, so it must with 8-bit
 ones."""
 
 import importlib.util
@@ -39,7 +39,7 @@ def haystack(llm: LLM, key: int, place: float) -> list[int]:
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8", "fp8"])
 def test_the_pass_key_is_found(kv_cache_dtype: str):
-    """Prompts of 9 chunks, three rows at once; the last token attends to all of it."""
+    """In chunks, three prompts at once, each read again by all chunks behind it."""
     options = {"max_model_len": CONTEXT + 64, "max_num_seqs": 3, "verbose": False}
     with LLM(num_pages=900, kv_cache_dtype=kv_cache_dtype, **options) as llm:
         prompts = [haystack(llm, *case) for case in zip(KEYS, PLACES, strict=True)]
