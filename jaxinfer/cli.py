@@ -1,4 +1,4 @@
-"""The `jaxinfer` command: generate, chat and profile; cli_commands.py has the flags.
+"""The `jaxinfer` command: generate, chat, eval and profile; cli_commands.py has the flags.
 
 Exit status: 0 done, 1 some prompts failed, 2 bad arguments or files, 3 the engine failed,
 130 interrupted.
@@ -15,7 +15,8 @@ from typing import Any
 
 import tyro
 
-from jaxinfer.cli_commands import REGISTRY, Chat, Command, Generate, Profile
+from jaxinfer import evaluate
+from jaxinfer.cli_commands import REGISTRY, Chat, Command, Eval, Generate, Profile
 from jaxinfer.config import EngineConfig
 from jaxinfer.errors import (
     CapacityError,
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if isinstance(command, Profile):
             return _profile(command)
+        if isinstance(command, Eval):
+            return _eval(command)
         return _generate(command) if isinstance(command, Generate) else _chat(command)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -283,6 +286,77 @@ def _answer(llm: LLM, messages: list, params: SamplingParams) -> str:
         stream.close()  # type: ignore[attr-defined]
     print()
     return "".join(said)
+
+
+# -- eval
+# -------------------------------------------------------------------------------------------
+
+_FLOAT = ("quantization", "quantization_group_size", "quantize_lm_head", "kv_cache_dtype")
+"""Options of the engine that a float model has at their defaults."""
+
+
+def _eval(command: Eval) -> int:
+    config, reference = _eval_engines(command)
+    texts = [_read_text(path) for path in command.text]
+    num_top = 0 if reference is None else config.max_logprobs
+    if num_top == 0 and reference is not None:
+        raise InvalidRequestError(
+            "a comparison needs --max-logprobs of at least 1", param="max_logprobs"
+        )
+
+    def scores(engine: EngineConfig) -> evaluate.Scores:
+        with _open(engine) as llm:
+            return evaluate.score(
+                llm,
+                texts,
+                window=command.window,
+                stride=command.stride,
+                max_tokens=command.max_tokens_scored,
+                num_top=num_top,
+                progress=engine.verbose,
+            )
+
+    measured = scores(config)
+    result: dict[str, Any] = {"texts": [str(path) for path in command.text]}
+    result |= evaluate.summary(measured)
+    if reference is not None:
+        result |= evaluate.compare(measured, scores(reference))
+    print(json.dumps(result) if command.json else evaluate.render(result))
+    return 0
+
+
+def _eval_engines(command: Eval) -> tuple[EngineConfig, EngineConfig | None]:
+    """The engine to measure, and the float one to compare with."""
+    if not command.text:
+        raise InvalidRequestError("no text: jaxinfer eval --text FILE [FILE ...]", param="text")
+    config = command.engine
+    if command.source is not None and config.model is not None:
+        raise InvalidRequestError("give the model as an argument or with --model, not both")
+    if config.speculative_config is not None:
+        raise InvalidRequestError(
+            "speculative_config has no meaning in eval, which generates nothing; leave it out",
+            param="speculative_config",
+        )
+    config = dataclasses.replace(config, model=command.source or config.model)
+    if not command.compare and command.reference is None:
+        return config, None
+    plain = {f.name: f.default for f in dataclasses.fields(config) if f.name in _FLOAT}
+    reference = dataclasses.replace(config, model=command.reference or config.model, **plain)
+    if reference == config:
+        raise InvalidRequestError(
+            "--compare would compare the model with itself: give an option that quantises it, or "
+            "--reference with the float model that it was made from",
+            param="compare",
+        )
+    return config, reference
+
+
+def _read_text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"{path}: not UTF-8 ({error})", param="text") from None
 
 
 # -- profile

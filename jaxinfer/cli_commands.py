@@ -125,9 +125,45 @@ class Profile:
     """Print one JSON document, with every operation, instead of text."""
 
 
+@dataclass(frozen=True, slots=True)
+class Eval:
+    """Measure how well a model predicts texts: perplexity, and agreement with the float model.
+
+    The text is read in sliding windows by the engine itself, so the K/V cache's dtype and the
+    quantisation count. Each token is scored once; the first token of a text is only context, unless
+    the tokenizer puts BOS before texts: then every window begins with BOS, which is never scored.
+
+        jaxinfer eval --text book.txt code.py
+        jaxinfer eval MODEL --text book.txt --quantization int4 --compare
+        jaxinfer eval AWQ_FOLDER --text book.txt --reference FLOAT_FOLDER
+    """
+
+    source: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
+    """As --model: a directory, a GGUF file, a hub id; none: the embedded model."""
+    text: tuple[Path, ...] = ()
+    """Text files, UTF-8, each read for itself."""
+    window: int | None = None
+    """Tokens that the model sees at once; None: 1024, or what max_model_len leaves."""
+    stride: int | None = None
+    """Tokens by which a window moves on, and scores; None: half a window. Smaller: more context for
+    each token, more time."""
+    max_tokens_scored: int | None = None
+    """Stop after so many tokens; None: all."""
+    compare: bool = False
+    """Run the model without quantisation too, and say how often both choose the same token, how far
+    their probabilities are apart (from the --max-logprobs most likely tokens), and the change of
+    the perplexity."""
+    reference: str | None = None
+    """The float model to compare with, where the model's own weights are quantised."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+    engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
+
+
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Chat, tyro.conf.subcommand("chat")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]
 )
 

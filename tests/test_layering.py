@@ -126,7 +126,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer",
     },
     "cli_commands": HOST,
-    "cli": HOST | {"cli_commands", "llm", "profiling"},
+    "evaluate": HOST | {"llm", "tokenizer"},
+    "cli": HOST | {"cli_commands", "evaluate", "llm", "profiling"},
     "__main__": {"cli"},
     "__init__": HOST | {"_gc", "llm", "generate", "setup"},
 }
