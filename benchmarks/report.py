@@ -132,6 +132,51 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
+def markers(name: str) -> tuple[str, str]:
+    """The lines of a README between which the table of a benchmark goes."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def check_markers(path: Path, name: str) -> None:
+    """BenchmarkError unless `path` has `name`'s two markers, in order."""
+    _split(path, name)
+
+
+def _split(path: Path, name: str) -> tuple[str, str]:
+    begin_line, end_line = markers(name)
+    try:
+        old = path.read_text()
+    except OSError as error:
+        raise BenchmarkError(f"{path} cannot be read ({error}); name another README") from None
+    begin, end = old.find(begin_line), old.find(end_line)
+    if begin < 0 or end < begin:
+        raise BenchmarkError(
+            f"{path} needs the lines {begin_line} and {end_line}; the table goes between"
+        )
+    return old[: begin + len(begin_line)], old[end:]
+
+
+def replace_between(path: Path, name: str, text: str) -> None:
+    """Put `text` between the markers of `name` in `path`."""
+    before, after = _split(path, name)
+    try:
+        path.write_text(f"{before}\n{text}\n{after}")
+    except OSError as error:
+        raise BenchmarkError(f"{path} cannot be written ({error})") from None
+
+
+def measured_on(content: dict[str, Any]) -> str:
+    """When, on what and with which command a result was made, in a sentence or two."""
+    about = content["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return (
+        f"Measured {content['date'][:10]} on {about['cpu']}, {about['cores']} cores, "
+        f"{about['memory_gb']} GB, {about['platform']} ({about['device']}); {versions}. "
+        f"Command: `{content['command']}`; rows: "
+        f"`results/{about['name']}/{content['benchmark']}.json`."
+    )
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run a benchmark's `main`; a BenchmarkError or ValueError ends it with a line and status 2."""
     try:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import BenchmarkError, table
+from benchmarks.report import check_markers, markers, measured_on, replace_between, table
 
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- techniques: begin -->", "<!-- techniques: end -->"
+BEGIN, END = markers("techniques")
 COLUMNS = ("technique", "case", "literature", "counted", "measured: off -> on", "times better")
 
 _METRICS = {
@@ -63,15 +63,12 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 def text(content: dict[str, Any]) -> str:
     """What stands between the markers: where it was measured, the table, what "off" is, sources."""
-    about = content["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    head = (
-        f"Measured {content['date'][:10]} on {about['cpu']}, {about['cores']} cores, "
-        f"{about['memory_gb']} GB, {about['platform']} ({about['device']}); {versions}. "
-        f"Command: `{content['command']}`; rows: `results/{about['name']}/techniques.json`."
-    )
     rows = content["rows"]
-    parts = [head, table(lines(rows), COLUMNS), 'What "off" is, and where the figure is from:']
+    parts = [
+        measured_on(content),
+        table(lines(rows), COLUMNS),
+        'What "off" is, and where the figure is from:',
+    ]
     parts.append(
         "\n".join(
             f"- {row['label']}. Off: {row['off_is']}. Source: {row['source']}. "
@@ -85,24 +82,9 @@ def text(content: dict[str, Any]) -> str:
 
 def check(path: Path) -> None:
     """BenchmarkError unless `path` has the two markers, in order."""
-    _split(path)
-
-
-def _split(path: Path) -> tuple[str, str]:
-    try:
-        old = path.read_text()
-    except OSError as error:
-        raise BenchmarkError(f"{path} cannot be read ({error}); name another README") from None
-    begin, end = old.find(BEGIN), old.find(END)
-    if begin < 0 or end < begin:
-        raise BenchmarkError(f"{path} needs the lines {BEGIN} and {END}; the table goes between")
-    return old[: begin + len(BEGIN)], old[end:]
+    check_markers(path, "techniques")
 
 
 def update(path: Path, content: dict[str, Any]) -> None:
     """Replace what stands between the markers of `path`."""
-    before, after = _split(path)
-    try:
-        path.write_text(f"{before}\n{text(content)}\n{after}")
-    except OSError as error:
-        raise BenchmarkError(f"{path} cannot be written ({error})") from None
+    replace_between(path, "techniques", text(content))
