@@ -87,6 +87,7 @@ def score(
         stride: tokens by which a window is further than the one before; None: half a window.
         max_tokens: stop after so many scored tokens; None: all.
         num_top: K, the most likely tokens to keep for `compare`; at most the engine's max_logprobs.
+            -1: the whole vocabulary.
         progress: show a progress bar; None: if standard error is a terminal.
 
     Raises:
@@ -108,7 +109,8 @@ def score(
     plan = plan_windows([len(t) for t in ids], window, stride, len(prefix), max_tokens)
     prompts = [prefix + ids[w.text][w.start : w.end] for w in plan]
     targets = [t for w in plan for t in ids[w.text][w.scored : w.end]]
-    width = llm.model.config.vocab_size if num_top < 0 else num_top
+    vocab = llm.model.config.vocab_size
+    width = vocab if num_top < 0 else min(num_top, vocab)
     logprobs = np.empty(len(targets))
     top_ids = np.empty((len(targets), width), np.int32)
     top_logprobs = np.empty((len(targets), width))
