@@ -107,44 +107,52 @@ def score(
                 param="texts",
             )
     plan = plan_windows([len(t) for t in ids], window, stride, len(prefix), max_tokens)
-    prompts = [prefix + ids[w.text][w.start : w.end] for w in plan]
     targets = [t for w in plan for t in ids[w.text][w.scored : w.end]]
-    vocab = llm.model.config.vocab_size
-    width = vocab if num_top < 0 else min(num_top, vocab)
-    logprobs = np.empty(len(targets))
-    top_ids = np.empty((len(targets), width), np.int32)
-    top_logprobs = np.empty((len(targets), width))
-    first = np.cumsum([0, *(w.end - w.scored for w in plan)])
+    context = [len(prefix) + t - w.start for w in plan for t in range(w.scored, w.end)]
+    num_bytes = sum(len(tokenizer.token_bytes(t)) for t in targets) if tokenizer.bytewise else None
+    prompts = [prefix + ids[w.text][w.start : w.end] for w in plan]
+    counts = [w.end - w.scored for w in plan]
     show = sys.stderr.isatty() if progress is None else progress
     with tqdm(total=len(targets), desc="scoring", unit="tok", disable=not show) as bar:
-        for i, output in _run(llm, prompts, num_top):
-            count = plan[i].end - plan[i].scored
-            entries = (output.prompt_logprobs or [])[-count:]
-            for at, entry in enumerate(entries, first[i]):
-                if entry is None:
-                    raise AssertionError("a scored token has one before it")
-                logprobs[at] = entry[targets[at]].logprob
-                best = most_likely(entry, targets[at], width)
-                top_ids[at] = [token for token, _ in best]
-                top_logprobs[at] = [logprob for _, logprob in best]
-            bar.update(count)
+        logprobs, top_ids, top_logprobs = _gather(llm, prompts, counts, num_top, bar)
     return Scores(
         targets=np.array(targets, np.int32),
-        context=np.array(
-            [len(prefix) + t - w.start for w in plan for t in range(w.scored, w.end)], np.int32
-        ),
+        context=np.array(context, np.int32),
         logprobs=logprobs,
         top_ids=top_ids,
         top_logprobs=top_logprobs,
         num_tokens=sum(map(len, ids)),
         num_windows=len(plan),
         num_prefix=len(prefix),
-        num_bytes=sum(len(tokenizer.token_bytes(t)) for t in targets)
-        if tokenizer.bytewise
-        else None,
+        num_bytes=num_bytes,
         window=window,
         stride=stride,
     )
+
+
+def _gather(
+    llm: LLM, prompts: list[list[int]], counts: list[int], num_top: int, bar: tqdm
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`logprobs`, `top_ids` and `top_logprobs` of Scores, for the last `counts[i]` tokens of each
+    prompt, in the prompts' order."""
+    vocab = llm.model.config.vocab_size
+    width = vocab if num_top < 0 else min(num_top, vocab)
+    first = np.cumsum([0, *counts])
+    logprobs = np.empty(first[-1])
+    top_ids = np.empty((first[-1], width), np.int32)
+    top_logprobs = np.empty((first[-1], width))
+    for i, output in _run(llm, prompts, num_top):
+        targets = prompts[i][-counts[i] :]
+        entries = (output.prompt_logprobs or [])[-counts[i] :]
+        for at, (target, entry) in enumerate(zip(targets, entries, strict=True), first[i]):
+            if entry is None:
+                raise AssertionError("a scored token has one before it")
+            logprobs[at] = entry[target].logprob
+            best = most_likely(entry, target, width)
+            top_ids[at] = [token for token, _ in best]
+            top_logprobs[at] = [logprob for _, logprob in best]
+        bar.update(counts[i])
+    return logprobs, top_ids, top_logprobs
 
 
 def special_prefix(tokenizer: Tokenizer) -> list[int]:
