@@ -13,7 +13,10 @@ from typing import Any, Literal, get_args
 from jaxinfer.errors import ConfigError
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
-QuantizationName = Literal["int8", "int8_weight_only", "int4", "int4_asymmetric", "fp8"]
+QuantizationName = Literal[
+    "int8", "int8_weight_only", "int4", "int4_asymmetric", "fp8",
+    "awq", "gptq", "compressed-tensors", "gguf",
+]  # fmt: skip
 KVCacheDTypeName = Literal["auto", "int8", "fp8", "fp8_e4m3"]
 
 
@@ -128,7 +131,7 @@ _RENAMED = {
 
 
 _SWITCHES = ("skip_tokenizer_init", "enable_prefix_caching", "async_scheduling", "strict")
-_SWITCHES += ("quantize_lm_head",)
+_SWITCHES += ("quantize_lm_head", "dequantize")
 _OPTIONAL = ("max_model_len", "num_pages", "kv_cache_memory_bytes", "max_num_seqs")
 _OPTIONAL += ("max_num_batched_tokens", "quantization_group_size")
 _TEXTS = ("tokenizer", "revision", "chat_template", "compilation_cache_dir", "attention_impl")
@@ -153,13 +156,19 @@ class EngineConfig:
     quantization: QuantizationName | None = None
     """Quantise the layers' matrices while they load: "int8" (weights and activations),
     "int8_weight_only", "int4" (symmetric), "int4_asymmetric" (with zero points), "fp8" (e4m3
-    weights and activations). Norms, biases, the embedding and the output head stay float."""
+    weights and activations). Norms, biases, the embedding and the output head stay float. None: as
+    the checkpoint is, whose own quantised weights are kept and computed on; "awq", "gptq",
+    "compressed-tensors" and "fp8" say the same of a checkpoint of that name. A GGUF file is
+    de-quantised unless "gguf" keeps its blocks: they take a fifth to a third of the memory, but on
+    a CPU small models are faster in float32."""
     quantization_group_size: int | None = None
     """Weights that share a scale under int4; None: the largest of 128, 64, 32 that divides the
     inputs of every matrix, which is printed."""
     quantize_lm_head: bool = False
     """Quantise the output head too, to 8 bits under int4; where it is tied to the embedding table,
     both."""
+    dequantize: bool = False
+    """Turn a quantised checkpoint's weights to floats while they load."""
     load_format: Literal["auto", "dummy"] = "auto"
     """"dummy": random weights for a config (no weight file is read), for benchmarks."""
     hf_overrides: dict[str, Any] | None = None

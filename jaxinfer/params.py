@@ -174,6 +174,7 @@ def assemble(
     shapes: Mapping[str, Any],
     put: Callable[[np.ndarray, str], Any],
     *,
+    hold: Callable[[str, Sequence[Rule]], list[tuple[str, Any]] | None] | None = None,
     ignored: Sequence[str] = (),
     path: object = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -182,35 +183,49 @@ def assemble(
 
     `shapes` is the nested dict of expected leaves (anything with `.shape` and `.dtype`, which may
     be None: as the tensor is read), `put(array, path)` takes a host array of that shape and dtype
-    (perhaps a strided view) to its device, or quantises it, `ignored` are name patterns (fnmatch)
-    that a checkpoint may hold unused, `path` names the file in messages, `progress(name, done,
-    total)` is told after each tensor how many stored elements are done.
+    (perhaps a strided view) to its device, or quantises it; `hold(name, rules)` gives the leaves, by
+    path, of a tensor that stays quantised, and None for others, which are read as floats.
+    `ignored` are name patterns (fnmatch) that a checkpoint may hold unused, `path` names the file
+    in messages, `progress(name, done, total)` is told after each tensor how many stored elements
+    are done.
 
     Raises ModelFormatError, before anything is read, that lists every missing, unused and
     mis-shaped tensor (the first ten); and, while reading, for a tensor with NaN or infinity.
     """
     expected = flatten(shapes)
-    by_tensor: dict[str, list[Rule]] = {}
-    missing = []
-    for rule in expand(rules, config.num_layers):
-        name = _stored_name(rule.name, reader.infos)
-        if name is None:
-            missing.append(rule.name)
-        else:
-            by_tensor.setdefault(name, []).append(rule)
-    _check_metadata(reader.infos, by_tensor, missing, config, expected, ignored, path)
+    needed, missing = by_tensor(reader.infos, rules, config)
+    _check_metadata(reader.infos, needed, missing, config, expected, ignored, path)
     _warn_unused_head(reader.infos, config)
 
-    total = sum(_num_elements(reader.infos[name].shape) for name in by_tensor)
+    total = sum(_num_elements(reader.infos[name].shape) for name in needed)
     done = 0
     params: dict[str, Any] = {}
-    for name, tensor_rules in by_tensor.items():
-        for leaf_path, leaf in _leaves(reader, name, tensor_rules, config, expected, put, path):
+    for name, tensor_rules in needed.items():
+        leaves = None if hold is None else hold(name, tensor_rules)
+        if leaves is None:
+            leaves = _leaves(reader, name, tensor_rules, config, expected, put, path)
+        for leaf_path, leaf in leaves:
             _insert(params, leaf_path, leaf)
         done += _num_elements(reader.infos[name].shape)
         if progress is not None:
             progress(name, done, total)
     return params
+
+
+def by_tensor(
+    infos: Mapping[str, TensorInfo], rules: Sequence[Rule], config: ModelConfig
+) -> tuple[dict[str, list[Rule]], list[str]]:
+    """(the rules of each stored tensor that the model needs, by its name; tensors that are
+    missing)."""
+    needed: dict[str, list[Rule]] = {}
+    missing = []
+    for rule in expand(rules, config.num_layers):
+        name = _stored_name(rule.name, infos)
+        if name is None:
+            missing.append(rule.name)
+        else:
+            needed.setdefault(name, []).append(rule)
+    return needed, missing
 
 
 def _leaves(

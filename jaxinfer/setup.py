@@ -22,18 +22,19 @@ from jaxinfer.engine import Engine
 from jaxinfer.errors import ConfigError, InvalidRequestError
 from jaxinfer.intake import Intake
 from jaxinfer.models import Model
-from jaxinfer.quant import schemes
 from jaxinfer.request import Row, StepPlan
 from jaxinfer.runner import Runner, use_compile_cache
 from jaxinfer.scheduling.pages import PagePool
 from jaxinfer.scheduling.scheduler import Scheduler
 from jaxinfer.setup_model import (
     choose_dtype,
+    describe_weights,
     load_params,
     open_source,
     open_tokenizer,
     page_dtype,
     quantised,
+    quantization_of,
     resolve_ops,
 )
 from jaxinfer.speculative.config import SpeculativeConfig
@@ -81,6 +82,8 @@ def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
         ops = resolve_ops(config, source.config, dtype, platform)
         model = models.build(source.config, ops, dtype, page_dtype(config, dtype))
         model = quantised(config, model, source)
+        if model.formats:
+            config = dataclasses.replace(config, quantization=quantization_of(config, source))
         tokenizer = open_tokenizer(config, source)
         draft = None
         if speculative is not None and speculative.model is not None:
@@ -98,12 +101,8 @@ def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
         )
         if verbose:
             _say(f"attention: {ops.name} ({ops.reason})\n{plan}")
-            if config.quantization is not None:
-                _say(
-                    schemes.describe(
-                        config.quantization, model.formats, model.rules, model.config, dtype
-                    )
-                )
+            if model.formats:
+                _say(describe_weights(config, source, model))
         if speculative is not None:
             setup_draft.check_fits(speculative, plan, draft)
         pool = PagePool(plan.num_pages, plan.page_size)

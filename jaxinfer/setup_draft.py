@@ -80,7 +80,10 @@ def open_draft(
     """
     if speculative.model == "self":
         own = dataclasses.replace(
-            config, quantization=speculative.quantization, quantization_group_size=None
+            config,
+            quantization=speculative.quantization,
+            quantization_group_size=None,
+            dequantize=False,
         )
     else:
         own = dataclasses.replace(
@@ -93,6 +96,7 @@ def open_draft(
             quantization=None,
             quantization_group_size=None,
             quantize_lm_head=False,
+            dequantize=False,
         )
     try:
         return _open(speculative, own, target, tokenizer, platform)

@@ -1,10 +1,10 @@
 """What a model, or a draft model, gets from an EngineConfig: dtype, kernels, tokenizer, weights."""
 
+import logging
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
-import numpy as np
 
 from jaxinfer import tokenizer as tokenizers
 from jaxinfer import weights
@@ -12,12 +12,14 @@ from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.models import Model
 from jaxinfer.params import flatten
-from jaxinfer.quant import schemes
+from jaxinfer.quant import kept, schemes
 from jaxinfer.quant.arrays import QuantArray
 from jaxinfer.quant.rounding import quantise
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.weights import memory
 from pallas_kernels import dispatch
+
+logger = logging.getLogger(__name__)
 
 
 def open_source(config: EngineConfig) -> weights.ModelSource:
@@ -62,25 +64,101 @@ def resolve_ops(
         raise ConfigError(message, field="attention_impl") from None
 
 
-def quantised(config: EngineConfig, model: Model, source: weights.ModelSource) -> Model:
-    """The model with the weights quantised that `config.quantization` says."""
-    if config.quantization is None:
-        return model
-    if source.quantised is not None:
-        raise ConfigError(
-            f"quantization={config.quantization!r} would round weights a second time that "
-            f"{source.path} has as {source.quantised.describe()}; leave quantization out, or name "
-            "the float checkpoint",
-            field="quantization",
+def quantization_of(config: EngineConfig, source: weights.ModelSource) -> str | None:
+    """What `config.quantization` and `dequantize` come to with this checkpoint; None: float.
+
+    ConfigError where they contradict each other or the checkpoint.
+    """
+    asked, fmt = config.quantization, source.quantised
+    if config.dequantize and asked is not None:
+        _refuse(f"dequantize=True contradicts quantization={asked!r}; leave one of them out")
+    if fmt is None:
+        is_gguf = source.kind == "gguf"
+        if config.dequantize and not is_gguf:
+            _refuse(f"dequantize=True has no meaning: the weights of {source.path} are float")
+        if asked not in (None, "gguf" if is_gguf else None, *schemes.SCHEMES):
+            stored = "is a GGUF file" if is_gguf else "has float weights"
+            names = ", ".join((*(["gguf"] * is_gguf), *schemes.SCHEMES))
+            _refuse(
+                f"quantization={asked!r} is not how {source.path} is stored: it {stored}; leave "
+                f"quantization out, or use one of {names}"
+            )
+    elif asked not in (None, fmt.method):
+        _refuse(
+            f"quantization={asked!r} would round weights a second time that {source.path} has as "
+            f"{fmt.describe()}; leave quantization out, or name the float checkpoint"
         )
-    formats = schemes.choose(
-        config.quantization,
-        model.rules,
-        model.config,
-        group_size=config.quantization_group_size,
-        head=config.quantize_lm_head,
-    )
-    return replace(model, formats=formats)
+    if config.dequantize or (fmt is None and asked is None):
+        return None
+    if fmt is None and asked != "gguf":
+        return asked
+    if config.load_format == "dummy":
+        if asked is not None:
+            _refuse(f"quantization={asked!r} needs weights; load_format='dummy' makes float ones")
+        return None
+    for name, unset in (("quantization_group_size", None), ("quantize_lm_head", False)):
+        if getattr(config, name) != unset:
+            _refuse(f"{name} has no meaning where weights are kept as {source.path} has them", name)
+    return "gguf" if fmt is None else fmt.method
+
+
+def _is_kept(name: str | None, source: weights.ModelSource) -> bool:
+    return name is not None and (source.quantised is not None or name == "gguf")
+
+
+def quantised(config: EngineConfig, model: Model, source: weights.ModelSource) -> Model:
+    """The model with the weights quantised that config and checkpoint say.
+
+    ConfigError for what cannot be; matrices of a quantised checkpoint that cannot be kept so are
+    warned of, and an error if `config.quantization` asks for them.
+    """
+    name = quantization_of(config, source)
+    if name is None:
+        return model
+    if not _is_kept(name, source):
+        formats = schemes.choose(
+            name,
+            model.rules,
+            model.config,
+            group_size=config.quantization_group_size,
+            head=config.quantize_lm_head,
+        )
+        return replace(model, formats=formats)
+    if source.packed is None:
+        raise AssertionError(f"{source.path} is quantised, and its reader tells nothing of it")
+    plan = kept.plan(source.packed, model.rules, model.config)
+    for reason, names in plan.refused.items():
+        text = (
+            f"{source.path}: {len(names)} quantised matrices ({names[0]}, ...) cannot be kept as "
+            f"they are stored: {reason}"
+        )
+        if config.quantization is not None:
+            _refuse(f"{text}; leave out quantization={name!r} to have them de-quantised")
+        logger.warning("%s; they are de-quantised to %s", text, model.dtype)
+    return replace(model, formats=plan.formats)
+
+
+def describe_weights(config: EngineConfig, source: weights.ModelSource, model: Model) -> str:
+    """Which weights are quantised, and how; `config` has its quantization decided."""
+    name, fmt = config.quantization, source.quantised
+    parts = (model.formats, model.rules, model.config, model.dtype)
+    if not _is_kept(name, source):
+        return schemes.describe(str(name), *parts)
+    if fmt is None:
+        return kept.describe("quantisation: GGUF blocks, kept as stored", *parts)
+    heading = f"quantisation: {fmt.describe()}, kept as stored"
+    quantises = any(leaf.format.activations != "float" for leaf in _quant_arrays(model))
+    if fmt.activations is not None and not quantises:
+        heading += f"; activations are {model.dtype}, not {fmt.activations.describe()}"
+    return kept.describe(heading, *parts)
+
+
+def _quant_arrays(model: Model) -> list[QuantArray]:
+    return [leaf for leaf in flatten(model.shapes()).values() if isinstance(leaf, QuantArray)]
+
+
+def _refuse(message: str, field: str = "quantization") -> NoReturn:
+    raise ConfigError(message, field=field)
 
 
 def open_tokenizer(config: EngineConfig, source: weights.ModelSource) -> Tokenizer | None:
@@ -106,8 +184,10 @@ def load_params(
 
     expected = flatten(model.shapes())
 
-    def put(array: np.ndarray, path: str) -> Any:
+    def put(array: Any, path: str) -> Any:
         leaf = expected[path]
+        if isinstance(array, QuantArray):  # as the checkpoint stores it
+            return jax.device_put(array)
         if isinstance(leaf, QuantArray):
             return jax.device_put(quantise(array, leaf, path))
         # An array in a mapped file would change with the file, if a CPU took it over as it is.

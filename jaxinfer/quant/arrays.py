@@ -19,6 +19,16 @@ from pallas_kernels.quant_matmul import Format, dequantise
 QuantMatmul = Callable[..., jax.Array]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """How a weight is held whose integers are the checkpoint's own: in `format`, with its inputs
+    `permuted` where those of a group do not lie side by side, and with `offsets` for its groups."""
+
+    format: Format
+    permuted: bool = False
+    offsets: bool = False
+
+
 @partial(jax.tree_util.register_dataclass)
 @dataclass(frozen=True)
 class QuantArray:
@@ -26,7 +36,9 @@ class QuantArray:
 
     `data`, `scales` and `zeros` are those of the matrix [N, K] (see pallas_kernels.quant_matmul): K
     are the axes `contracted` of the weight, which a matmul sums over, N the others, each in order.
-    The leaves may be arrays of any kind, or shapes.
+    Two more are not the kernels': `offsets` float32 [N, K / group_size] are added to every weight
+    of a group, and with `permutation` int32 [K] column i of the matrix is input permutation[i].
+    The leaves may be arrays of any kind, or shapes; those that are not used are None.
     """
 
     data: Any
@@ -35,15 +47,25 @@ class QuantArray:
     format: Format = field(metadata={"static": True})
     shape: tuple[int, ...] = field(metadata={"static": True})
     contracted: tuple[int, ...] = field(metadata={"static": True})
+    offsets: Any = None
+    permutation: Any = None
 
     @classmethod
     def of_shape(
-        cls, shape: tuple[int, ...], contracted: tuple[int, ...], format: Format
+        cls, shape: tuple[int, ...], contracted: tuple[int, ...], held: Format | Kept
     ) -> "QuantArray":
-        """With a jax.ShapeDtypeStruct for each array. ValueError where `format` cannot hold it."""
+        """With a jax.ShapeDtypeStruct for each array. ValueError where it cannot be `held` so."""
+        kept = held if isinstance(held, Kept) else Kept(held)
         k = math.prod(shape[axis] for axis in contracted)
-        leaves = format.shapes(math.prod(shape) // k, k)
-        return cls(**leaves, format=format, shape=shape, contracted=contracted)
+        leaves = kept.format.shapes(math.prod(shape) // k, k)
+        return cls(
+            **leaves,
+            format=kept.format,
+            shape=shape,
+            contracted=contracted,
+            offsets=leaves["scales"] if kept.offsets else None,
+            permutation=jax.ShapeDtypeStruct((k,), jnp.int32) if kept.permuted else None,
+        )
 
     @property
     def dtype(self) -> None:
@@ -59,6 +81,13 @@ class QuantArray:
     def num_bytes(self) -> int:
         """What its arrays take."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree_util.tree_leaves(self))
+
+    def dequantised(self) -> jax.Array:
+        """The weight that it stands for, float32 of `shape`."""
+        matrix = _dequantised_rows(self, jnp.asarray)
+        axes = (*self.kept, *self.contracted)
+        order = sorted(range(len(axes)), key=axes.__getitem__)
+        return matrix.reshape([self.shape[axis] for axis in axes]).transpose(order)
 
 
 def einsum(spec: str, x: jax.Array, w: Any, quant_matmul: QuantMatmul) -> jax.Array:
@@ -76,7 +105,11 @@ def einsum(spec: str, x: jax.Array, w: Any, quant_matmul: QuantMatmul) -> jax.Ar
                 f"{w.contracted}"
             )
         rows = x.reshape(len(x), -1)
+        if w.permutation is not None:
+            rows = jnp.take(rows, w.permutation, axis=1)
         out = quant_matmul(rows, w.data, w.scales, w.zeros, format=w.format)
+        if w.offsets is not None:
+            out += _times_offsets(rows, w.offsets)
         return out.reshape(len(x), *(w.shape[axis] for axis in w.kept))
     if len(x) == 1 and x.dtype != jnp.float32:
         # XLA:CPU converts the whole weight to float32 for one row of bfloat16, not for two.
@@ -89,6 +122,13 @@ def einsum(spec: str, x: jax.Array, w: Any, quant_matmul: QuantMatmul) -> jax.Ar
         spec = f"{spec[0]}{letters[0]},{letters[0]}{''.join(letters[a] for a in kept)}->"
         spec += spec[0] + "".join(letters[a] for a in kept)
     return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)
+
+
+def _times_offsets(x: jax.Array, offsets: jax.Array) -> jax.Array:
+    """x [T, K] times the matrix whose weights are the offsets [N, G] of their groups: each is
+    multiplied once, by the sum of its group's x, in float32."""
+    sums = x.astype(jnp.float32).reshape(len(x), offsets.shape[1], -1).sum(axis=2)
+    return jnp.einsum("tg,ng->tn", sums, offsets, precision=jax.lax.Precision.HIGHEST)
 
 
 def _axes(spec: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -108,12 +148,24 @@ def take(table: Any, ids: jax.Array, dtype: str) -> jax.Array:
     ValueError for a QuantArray that is not quantised along D, row by row.
     """
 
-    def rows(array: jax.Array | None) -> jax.Array | None:
-        return None if array is None else jnp.take(array, ids, axis=0, mode="clip")
+    def rows(array: jax.Array) -> jax.Array:
+        return jnp.take(array, ids, axis=0, mode="clip")
 
     if not isinstance(table, QuantArray):
-        return jnp.take(table, ids, axis=0, mode="clip")
+        return rows(table)
     if table.contracted != (1,) or len(table.shape) != 2:
         raise ValueError(f"a table [V, D] must be quantised along D; got {table.contracted}")
-    data, scales = rows(table.data), rows(table.scales)
-    return dequantise(data, scales, rows(table.zeros), table.format).astype(dtype)  # pyright: ignore[reportArgumentType]
+    return _dequantised_rows(table, rows).astype(dtype)
+
+
+def _dequantised_rows(w: QuantArray, rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Float32 rows of the matrix of w, those that `rows` takes of each of its arrays."""
+    zeros = None if w.zeros is None else rows(w.zeros)
+    matrix = dequantise(rows(w.data), rows(w.scales), zeros, w.format)
+    if w.offsets is not None:
+        offsets = rows(w.offsets)
+        matrix = matrix.reshape(*offsets.shape, -1) + offsets[..., None]
+        matrix = matrix.reshape(len(offsets), -1)
+    if w.permutation is not None:
+        matrix = jnp.zeros_like(matrix).at[:, w.permutation].set(matrix)
+    return matrix

@@ -16,7 +16,7 @@ from jaxinfer.errors import ModelFormatError
 from jaxinfer.params import TensorInfo
 from jaxinfer.quant import awq, compressed_tensors, fp8_blocks, gptq
 from jaxinfer.quant.config import CheckpointFormat
-from jaxinfer.quant.packed import PackedWeight, StoredModule
+from jaxinfer.quant.packed import PackedWeight, StoredModule, group_indices
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,11 @@ class PackedCheckpoint:
     def read(self, name: str) -> PackedWeight:
         """Unpack the weight `name`, one of `packed`; ModelFormatError naming the tensor."""
         return _READERS[self.format.layout][0].read(self.packed[name], self.format)
+
+    def group_indices(self, name: str) -> np.ndarray | None:
+        """The group of each input of `name`, int32 [K]; None where they are in order."""
+        num_inputs = self.infos[name].shape[1]
+        return group_indices(self.packed[name], num_inputs, self.format.group_size)
 
 
 def open_packed(

@@ -91,7 +91,7 @@ def read(stored: StoredModule, fmt: CheckpointFormat) -> PackedWeight:
         group_size=group_size,
         columns=num_columns if fmt.tensor else 1,
         zeros=zeros if zeros is not None and zeros.any() else None,
-        g_idx=_g_idx(stored, num_rows, group_size),
+        g_idx=group_indices(stored, num_rows, group_size),
         scale_dtype=scale_dtype,
     )
 
@@ -173,12 +173,3 @@ def _expect_no_zeros(stored: StoredModule, zeros: np.ndarray) -> None:
             "is not 0, though symmetric is true: quantization_config and the tensors contradict "
             "each other; correct symmetric in config.json",
         )
-
-
-def _g_idx(stored: StoredModule, num_rows: int, group_size: int) -> np.ndarray | None:
-    """Groups of the inputs, None where they are in order; -1 throughout says they are."""
-    part = "weight_g_idx"
-    if part not in stored.parts or (stored.load(part) == -1).all():
-        return None
-    g_idx = group_indices(stored, part, num_rows // group_size)
-    return None if np.array_equal(g_idx, np.arange(num_rows) // group_size) else g_idx

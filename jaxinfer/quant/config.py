@@ -44,6 +44,10 @@ class Activations:
     bits: int
     dynamic: bool
 
+    def describe(self) -> str:
+        """Such as "int8"."""
+        return f"{'fp' if self.kind == 'float' else 'int'}{self.bits}"
+
 
 @dataclass(frozen=True)
 class CheckpointFormat:

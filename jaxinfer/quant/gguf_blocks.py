@@ -23,14 +23,15 @@ _Blocks = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """A block's number of items and bytes, how many items share a scale, and how it is taken
-    apart."""
+    """A block's number of items and bytes, how many items share a scale, how it is taken apart, and
+    whether its groups have offsets."""
 
     items: int
     num_bytes: int
     bits: int
     group_size: int
     split: Callable[[np.ndarray], _Blocks]
+    has_offsets: bool = False
 
 
 def read(name: str, raw: np.ndarray, shape: tuple[int, int], kind: str) -> PackedWeight:
@@ -125,8 +126,8 @@ def _q6_k(blocks: np.ndarray) -> _Blocks:
 KINDS = {
     "Q8_0": _Kind(32, 34, 8, 32, _q8_0),
     "Q4_0": _Kind(32, 18, 4, 32, _q4_0),
-    "Q4_1": _Kind(32, 20, 4, 32, _q4_1),
-    "Q4_K": _Kind(256, 144, 4, 32, _q4_k),
+    "Q4_1": _Kind(32, 20, 4, 32, _q4_1, has_offsets=True),
+    "Q4_K": _Kind(256, 144, 4, 32, _q4_k, has_offsets=True),
     "Q6_K": _Kind(256, 210, 6, 16, _q6_k),
 }
 """GGUF's types that can be kept quantised."""

@@ -64,11 +64,6 @@ def read(stored: StoredModule, fmt: CheckpointFormat) -> PackedWeight:
     num_rows, num_columns = logical_shape(stored, fmt)
     group_size = stored.group_size("qweight", num_rows, fmt.group_size)
     scales, scale_dtype = stored.scales("scales")
-    g_idx = None
-    if "g_idx" in stored.parts:
-        g_idx = group_indices(stored, "g_idx", len(scales))
-        if np.array_equal(g_idx, np.arange(num_rows) // group_size):
-            g_idx = None
     zeros = _zeros(stored, fmt, num_columns)
     values = unpack_rows(stored.load("qweight"), fmt.bits, num_rows)
     return PackedWeight(
@@ -78,7 +73,7 @@ def read(stored: StoredModule, fmt: CheckpointFormat) -> PackedWeight:
         bits=fmt.bits,
         group_size=group_size,
         zeros=zeros if zeros.any() else None,
-        g_idx=g_idx,
+        g_idx=group_indices(stored, num_rows, group_size),
         scale_dtype=scale_dtype,
     )
 

@@ -19,6 +19,8 @@ WORD_BITS = 32
 CHUNK_ROWS = 256  # rows de-quantised at once: bounds what is kept beside the result
 # no integer or fp8 value is larger in magnitude: 448 (e4m3), 255 (8 bits less a zero point)
 MAX_VALUE = 512.0
+# GPTQ's and compressed-tensors'; the latter writes -1 throughout where groups are in order
+GROUP_PARTS = ("g_idx", "weight_g_idx")
 
 
 @dataclass(frozen=True)
@@ -226,9 +228,19 @@ def check_group_indices(
         stored.fail(part, missing)
 
 
-def group_indices(stored: StoredModule, part: str, num_groups: int) -> np.ndarray:
-    """The group of each input row, int32 [K]; ModelFormatError where one does not exist."""
+def group_indices(stored: StoredModule, num_rows: int, group_size: int | None) -> np.ndarray | None:
+    """The group of each input row, int32 [K]; None where they are in order, or not stored.
+
+    `group_size` None is all rows. ModelFormatError for a group that does not exist.
+    """
+    part = next((part for part in GROUP_PARTS if part in stored.parts), None)
+    if part is None:
+        return None
+    size = group_size or num_rows
     g_idx: np.ndarray[Any, Any] = stored.load(part).astype(np.int32)
+    if part == "weight_g_idx" and (g_idx == -1).all():
+        return None
+    num_groups = num_rows // size
     if g_idx.size and not 0 <= g_idx.min() <= g_idx.max() < num_groups:
         bad = g_idx[(g_idx < 0) | (g_idx >= num_groups)][0]
         stored.fail(
@@ -236,7 +248,7 @@ def group_indices(stored: StoredModule, part: str, num_groups: int) -> np.ndarra
             f"names group {bad}; the scales have groups 0 to {num_groups - 1}: the file is "
             "damaged, or its tensors are of different checkpoints",
         )
-    return g_idx
+    return None if np.array_equal(g_idx, np.arange(num_rows) // size) else g_idx
 
 
 def _common_divisor(bits: int) -> int:

@@ -1,7 +1,7 @@
-"""GGUFReader: the tensors of a GGUF file, de-quantised one at a time, under Hugging Face names.
+"""GGUFReader: the tensors of a GGUF file, one at a time, under Hugging Face names.
 
-A quantised tensor comes as float32 (the `gguf` package expands the blocks); float32, float16 and
-bfloat16 ones come as they are stored, mapped.
+A quantised tensor comes as float32 (the `gguf` package expands the blocks) or, asked for so, as the
+integers of its blocks; float32, float16 and bfloat16 ones come as they are stored, mapped.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import ModelFormatError
 from jaxinfer.params import TensorInfo
+from jaxinfer.quant import gguf_blocks, kept
+from jaxinfer.quant.packed import PackedWeight
 from jaxinfer.weights import gguf_names
 from jaxinfer.weights.files import regular_size
 from jaxinfer.weights.gguf import Container, StoredTensor
@@ -40,7 +42,10 @@ CHUNK_ITEMS = 2**18
 
 
 class GGUFReader:
-    """Tensors of a parsed container; nothing stays open. `bind` comes before `read`."""
+    """Tensors of a parsed container; nothing stays open. `bind` comes before `read`.
+
+    It is a kept.PackedTensors: what is packed is every tensor of blocks.
+    """
 
     def __init__(self, container: Container):
         self.path = container.path
@@ -85,14 +90,33 @@ class GGUFReader:
 
     def read(self, name: str) -> np.ndarray:
         """Tensor `name` in its Hugging Face shape and layout, de-quantised."""
-        stored = self._stored[name]
-        array = read_stored(self.path, stored)
-        undo = gguf_names.undo_of(self._table, stored.name)
+        return self.arrange(name, read_stored(self.path, self._stored[name]))
+
+    def arrange(self, name: str, array: np.ndarray) -> np.ndarray:
+        """`array`, laid out as the file has tensor `name`, in Hugging Face's layout."""
+        undo = gguf_names.undo_of(self._table, self._stored[name].name)
         if undo is None:
             return array
         if self._heads is None:
             raise RuntimeError("bind(config) comes before read")
         return undo(array, *self._heads)
+
+    def packed_shape(self, name: str) -> tuple[int, int] | None:
+        """(N, K) of a matrix of blocks, None for a tensor that is not one."""
+        stored = self._stored[name]
+        if stored.type in _PLAIN or len(stored.shape) != 2:
+            return None
+        return stored.shape[0], stored.shape[1]
+
+    def kept(self, name: str) -> kept.Kept | str:
+        """How a matrix of blocks can be held, or why it cannot."""
+        return kept.of_block(self._stored[name].type.name)
+
+    def read_packed(self, name: str) -> PackedWeight:
+        """A matrix of blocks as integers. ModelFormatError for scales that are not finite."""
+        stored = self._stored[name]
+        shape = stored.shape[0], stored.shape[1]
+        return gguf_blocks.read(stored.name, _raw(self.path, stored), shape, stored.type.name)
 
     def close(self) -> None:
         """Nothing to do: a tensor's mapping goes with its array."""
@@ -112,9 +136,17 @@ class GGUFReader:
 
 def read_stored(path: Path, stored: StoredTensor) -> np.ndarray:
     """A tensor as the file lays it out (NumPy order of dimensions), de-quantised."""
+    raw = _raw(path, stored)
+    if stored.type in _PLAIN:
+        return raw.view(_PLAIN[stored.type]).reshape(stored.shape)
+    return _expand(raw, stored)
+
+
+def _raw(path: Path, stored: StoredTensor) -> np.ndarray:
+    """The bytes of a tensor, mapped."""
     regular_size(path)
     try:
-        raw = np.asarray(np.memmap(path, np.uint8, "r", stored.start, (stored.num_bytes,)))
+        return np.asarray(np.memmap(path, np.uint8, "r", stored.start, (stored.num_bytes,)))
     except (OSError, ValueError) as cause:
         raise ModelFormatError(
             f"{path}: tensor {stored.name!r} cannot be read: {cause}; did the file change?",
@@ -122,9 +154,6 @@ def read_stored(path: Path, stored: StoredTensor) -> np.ndarray:
             field=stored.name,
             offset=stored.start,
         ) from cause
-    if stored.type in _PLAIN:
-        return raw.view(_PLAIN[stored.type]).reshape(stored.shape)
-    return _expand(raw, stored)
 
 
 def _expand(raw: np.ndarray, stored: StoredTensor) -> np.ndarray:

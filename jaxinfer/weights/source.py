@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol
@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import ConfigError, ModelFormatError
-from jaxinfer.params import TensorInfo, TensorReader, assemble
+from jaxinfer.params import Rule, TensorInfo, TensorReader, assemble, flatten
+from jaxinfer.quant import kept
+from jaxinfer.quant.arrays import Kept
 from jaxinfer.quant.config import CheckpointFormat, checkpoint_format
 from jaxinfer.weights import gguf, hub, safetensors
 from jaxinfer.weights.fields import Fields
@@ -58,6 +60,11 @@ class ModelSource:
     gguf_metadata: dict[str, Any] | None = None
     quantised: CheckpointFormat | None = None
 
+    @property
+    def packed(self) -> kept.PackedTensors | None:
+        """What the reader tells of packed tensors, None where the checkpoint's are all float."""
+        return self.reader if isinstance(self.reader, PackedReader | GGUFReader) else None
+
     def close(self) -> None:
         """Give back what the reader holds; arrays that were read stay valid."""
         self.reader.close()
@@ -80,6 +87,8 @@ class _Weights(Protocol):
     def dtype(self) -> str: ...
     @property
     def ignored(self) -> Any: ...
+    @property
+    def formats(self) -> Any: ...
     def shapes(self) -> Mapping[str, Any]: ...
 
 
@@ -131,19 +140,21 @@ def open_model(
 
 
 def load(
-    source: ModelSource, model: _Weights, put: Callable[[np.ndarray, str], Any], progress: bool
+    source: ModelSource, model: _Weights, put: Callable[[Any, str], Any], progress: bool
 ) -> dict[str, Any]:
     """Stream the weights of `source` through `model.rules` into a parameter tree.
 
-    `put(array, path)` takes each host array, of the model's shape and dtype, to its device.
-    `progress` shows a bar, and says how quantised weights are read. Raises ModelFormatError for
-    tensors that do not fit the model.
+    `put(array, path)` takes each host array, of the model's shape and dtype, to its device; where
+    `model.formats` says Kept, a QuantArray of host arrays. `progress` shows a bar, and says it if
+    quantised weights are read as floats. Raises ModelFormatError for tensors that do not fit the
+    model.
     """
     _compare_tied(source, model.config)
     ignored = tuple(model.ignored)
     if isinstance(source.reader, PackedReader):
         ignored += source.reader.zero_biases()
-    if progress and source.quantised is not None:
+    hold = _hold(source, model, put)
+    if progress and source.quantised is not None and hold is None:
         tqdm.write(_dequantised(source.quantised, model.dtype), sys.stderr)
     with tqdm(
         disable=not progress, desc=f"loading {source.name}", unit=" weights", unit_scale=True
@@ -160,10 +171,35 @@ def load(
             model.config,
             model.shapes(),
             put,
+            hold=hold,
             ignored=ignored,
             path=source.path,
             progress=advance,
         )
+
+
+def _hold(
+    source: ModelSource, model: _Weights, put: Callable[[Any, str], Any]
+) -> Callable[[str, Sequence[Rule]], list[tuple[str, Any]] | None] | None:
+    """`assemble`'s `hold` for the leaves that `model.formats` keeps; None where it keeps none."""
+    held = {path for path, format in model.formats if isinstance(format, Kept)}
+    tensors = source.packed
+    if not held or tensors is None:
+        return None
+    expected = flatten(model.shapes())
+
+    def hold(name: str, rules: Sequence[Rule]) -> list[tuple[str, Any]] | None:
+        if not all(rule.path in held for rule in rules):
+            return None
+        weight = tensors.read_packed(name)
+        leaves = []
+        for rule in rules:
+            order = kept.output_order(tensors, name, rule, model.config)
+            leaf = kept.hold(weight, order, expected[rule.path])
+            leaves.append((rule.path, put(leaf, rule.path)))
+        return leaves
+
+    return hold
 
 
 def _dequantised(fmt: CheckpointFormat, dtype: str) -> str:
@@ -171,8 +207,7 @@ def _dequantised(fmt: CheckpointFormat, dtype: str) -> str:
     text = f"weights: {fmt.describe()}, de-quantised to {dtype}"
     if fmt.activations is None:
         return text
-    kind = "fp" if fmt.activations.kind == "float" else "int"
-    return f"{text}; activations are {dtype} too, not {kind}{fmt.activations.bits}"
+    return f"{text}; activations are {dtype} too, not {fmt.activations.describe()}"
 
 
 def _default_file() -> Path:
