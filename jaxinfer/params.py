@@ -183,8 +183,8 @@ def assemble(
 
     `shapes` is the nested dict of expected leaves (anything with `.shape` and `.dtype`, which may
     be None: as the tensor is read), `put(array, path)` takes a host array of that shape and dtype
-    (perhaps a strided view) to its device, or quantises it; `hold(name, rules)` gives the leaves, by
-    path, of a tensor that stays quantised, and None for others, which are read as floats.
+    (perhaps a strided view) to its device, or quantises it; `hold(name, rules)` gives the leaves,
+    by path, of a tensor that stays quantised, and None for others, which are read as floats.
     `ignored` are name patterns (fnmatch) that a checkpoint may hold unused, `path` names the file
     in messages, `progress(name, done, total)` is told after each tensor how many stored elements
     are done.

@@ -8,7 +8,7 @@ repacked, never rounded, and no float copy of a weight is made.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -20,6 +20,11 @@ from jaxinfer.quant.gguf_blocks import KINDS
 from jaxinfer.quant.packed import PackedWeight, signed
 from jaxinfer.quant.schemes import Formats, format_text
 from pallas_kernels.quant_matmul import Format, pack_int4
+
+_ACTIVATIONS: Mapping[tuple[str, int], Literal["int8", "float8_e4m3fn"]] = {
+    ("int", 8): "int8",
+    ("float", 8): "float8_e4m3fn",
+}
 
 
 class PackedTensors(Protocol):
@@ -69,11 +74,12 @@ def of_checkpoint(fmt: CheckpointFormat, num_inputs: int, g_idx: np.ndarray | No
         group = num_inputs
     if g_idx is not None and (np.bincount(g_idx) != group).any():
         return "its groups (g_idx) are of unequal size"
-    inputs = fmt.activations
-    by_kind = {("int", 8): "int8", ("float", 8): "float8_e4m3fn"}
-    same = inputs is not None and by_kind.get((inputs.kind, inputs.bits)) == dtype
+    theirs = fmt.activations
+    activations = None if theirs is None else _ACTIVATIONS.get((theirs.kind, theirs.bits))
+    if activations is None or activations != dtype or group is not None:
+        activations = "float"
     try:
-        format = Format(dtype, group, zero_points, dtype if same and group is None else "float")
+        format = Format(dtype, group, zero_points, activations)
     except ValueError as error:
         return str(error)
     return Kept(format, permuted=g_idx is not None)
