@@ -127,8 +127,15 @@ def einsum(spec: str, x: jax.Array, w: Any, quant_matmul: QuantMatmul) -> jax.Ar
 def _times_offsets(x: jax.Array, offsets: jax.Array) -> jax.Array:
     """x [T, K] times the matrix whose weights are the offsets [N, G] of their groups: each is
     multiplied once, by the sum of its group's x, in float32."""
-    sums = x.astype(jnp.float32).reshape(len(x), offsets.shape[1], -1).sum(axis=2)
-    return jnp.einsum("tg,ng->tn", sums, offsets, precision=jax.lax.Precision.HIGHEST)
+    sums = x.astype(jnp.float32).reshape(len(x), offsets.shape[1], -1)
+    # Halves added to halves, not `sum`: XLA:CPU of jax 0.10.2 takes a reduction into one fusion
+    # with the matmul of the same x, and gets that wrong (16 rows or more, a weight of one tile).
+    while sums.shape[2] > 1:
+        half = -(-sums.shape[2] // 2)
+        sums = jnp.pad(sums, ((0, 0), (0, 0), (0, 2 * half - sums.shape[2])))
+        sums = sums[:, :, :half] + sums[:, :, half:]
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.einsum("tg,ng->tn", sums[:, :, 0], offsets, precision=highest)
 
 
 def _axes(spec: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -63,7 +63,15 @@ def greedy(**fields) -> SamplingParams:
         ({"attention_impl": "flash9"}, "flash9"),
         ({"max_num_seq": 4}, "no option 'max_num_seq'; did you mean 'max_num_seqs'"),
         ({"speculative_config": {}}, "method must be one of"),
-        ({"quantization": "awq"}, "quantization must be one of None, int8, .*fp8; got 'awq'"),
+        ({"quantization": "nf4"}, "quantization must be one of None, int8, .*fp8.*; got 'nf4'"),
+        ({"quantization": "awq"}, "quantization='awq' is not how .*: it has float weights.*int8"),
+        ({"quantization": "gguf"}, "quantization='gguf' is not how .*: it has float weights"),
+        ({"dequantize": True}, "dequantize=True has no meaning: the weights of .* are float"),
+        (
+            {"dequantize": True, "quantization": "int8"},
+            "dequantize=True contradicts quantiz.*'int8'",
+        ),
+        ({"dequantize": 1}, "dequantize must be True or False; got 1"),
         ({"quantization": 8}, "quantization must be one of None, int8, .*; got 8"),
         ({"quantization": "int4"}, "none of the group sizes 128, 64, 32 divides.*48, 96.*24, 48"),
         (

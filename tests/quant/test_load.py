@@ -1,4 +1,4 @@
-"""Quantised checkpoints through LLM: the weights and tokens of the float ones they stand for."""
+"""Quantised checkpoints, de-quantised: weights and tokens of the float ones they stand for."""
 
 import json
 import logging
@@ -51,7 +51,7 @@ def test_tokens_and_weights_are_the_float_checkpoints(
     plain = write_tiny_model(tmp_path / "float", weights=packed.floats)
     want_tokens, want = generated(plain)
     assert "weights:" not in capfd.readouterr().err
-    tokens, params = generated(packed.write(tmp_path / "packed"), verbose=True)
+    tokens, params = generated(packed.write(tmp_path / "packed"), verbose=True, dequantize=True)
     assert tokens == want_tokens
     same_bits(params, want)
     told = capfd.readouterr().err.splitlines()
