@@ -13,6 +13,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 # What pages may be quantised to, and the largest magnitude each holds.
 QUANTISED = {"int8": 127.0, "float8_e4m3fn": 448.0}
 PAGE_DTYPES = (*DTYPES, *QUANTISED)
+# Two digits of balanced base 256, the first of magnitude <= 127: 127 * 256 + 127.
+LARGEST_INT16 = 32639.0
 
 # Below every real score, and finite: max and exp of a row that sees nothing stay free of NaN.
 MASKED = -1e30
@@ -78,12 +80,13 @@ def quantise(x: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
     """`x [..., H]` as (`[..., H]` of `dtype`, float32 scales `[...]`), symmetric, one scale for
     each vector: x is about data * scale.
 
-    In float32, scale = max|x| * (1 / QUANTISED[dtype]) and y = x * (1 / scale): products, because
-    XLA makes such of divisions by what is constant or common to a vector, but not always. int8
-    rounds half to even. A vector of zeros, or of numbers so small that the scale would be
-    subnormal, has scale 0. A vector with a NaN or an infinity has the scale NaN.
+    In float32, scale = max|x| * (1 / largest) and y = x * (1 / scale): products, because XLA makes
+    such of divisions by what is constant or common to a vector, but not always. `largest` is
+    QUANTISED[dtype], or LARGEST_INT16 for int16. Integers round half to even. A vector of zeros, or
+    of numbers so small that the scale would be subnormal, has scale 0. A vector with a NaN or an
+    infinity has the scale NaN.
     """
-    largest = QUANTISED[dtype]
+    largest = LARGEST_INT16 if dtype == "int16" else QUANTISED[dtype]
     x = x.astype(jnp.float32)
     # XLA:CPU's max over the minor axis loses a NaN when the array is large.
     is_finite = jnp.all(jnp.isfinite(x), axis=-1)
@@ -91,7 +94,7 @@ def quantise(x: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
     scale = jnp.where(scale < np.finfo(np.float32).tiny, 0.0, scale)
     scale = jnp.where(is_finite, scale, jnp.nan)
     y = x * (1.0 / jnp.where(scale == 0, 1.0, scale))[..., None]
-    y = jnp.clip(jnp.round(y) if dtype == "int8" else y, -largest, largest)
+    y = jnp.clip(y if dtype == "float8_e4m3fn" else jnp.round(y), -largest, largest)
     return y.astype(dtype), scale
 
 

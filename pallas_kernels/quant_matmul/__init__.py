@@ -16,6 +16,10 @@ w = (q - zero) * scale. The contract:
 - activations "int8": each row of x is quantised by `common.quantise` (symmetric, x_scale = max|x| *
   (1 / 127), q = x * (1 / x_scale) in float32, half to even), the products are summed in int32,
   exactly, and the result is (float32(sum) * x_scale) * w_scale, in this order.
+- activations "int16": as int8, with 32639 for 127. q is two int8 digits, q = 256 * high + low with
+  |high| <= 127, and the products of each are summed in int32, exactly: the result is
+  ((256 * float32(sum of high) + float32(sum of low)) * x_scale) * w_scale. One int8 product over
+  twice the rows, those of `digits`, gives both sums.
 - activations "float8_e4m3fn": as int8, with 448 for 127, and a sum in float32.
 - A row of zeros and a scale of 0 give 0. A row with a NaN or an infinity gives no finite number,
   and changes no bit of another row.
@@ -33,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.common import QUANTISED, check_array, check_positive, dtype_name
+from pallas_kernels.common import QUANTISED, check_array, check_positive, dtype_name, quantise
 
 MAX_K = 2**16
 """Products of int8 that an int32 sums without wrapping: 2**16 * 128 * 128 < 2**31."""
@@ -41,7 +45,8 @@ MAX_K = 2**16
 STORED = {"int8": "int8", "int4": "uint8", "float8_e4m3fn": "float8_e4m3fn"}
 """Weight dtype -> dtype of the array `data`."""
 
-ACTIVATIONS = ("float", *QUANTISED)
+ACTIVATIONS = ("float", *QUANTISED, "int16")
+"""What rows may be quantised to."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Format:
     dtype: Literal["int8", "int4", "float8_e4m3fn"]
     group_size: int | None = None
     zero_points: bool = False
-    activations: Literal["float", "int8", "float8_e4m3fn"] = "float"
+    activations: Literal["float", "int8", "int16", "float8_e4m3fn"] = "float"
 
     def __post_init__(self) -> None:
         if self.dtype not in STORED:
@@ -72,13 +77,12 @@ class Format:
                 f"zero_points with dtype {self.dtype!r} and group_size {self.group_size}; they "
                 f"need an integer dtype and groups"
             )
-        if self.activations != "float" and (
-            self.activations != self.dtype or self.group_size is not None
-        ):
+        needed = "int8" if self.activations == "int16" else self.activations
+        if needed != "float" and (needed != self.dtype or self.group_size is not None):
             raise ValueError(
                 f"activations is {self.activations!r} with dtype {self.dtype!r} and group_size "
-                f"{self.group_size}; quantised activations need a weight of their own dtype, "
-                f"without groups"
+                f"{self.group_size}; quantised activations need a weight of their own dtype "
+                f"(int16: int8), without groups"
             )
 
     def shapes(self, n: int, k: int) -> dict[str, jax.ShapeDtypeStruct | None]:
@@ -120,6 +124,15 @@ def unpack_int4(data: Any, group_size: int) -> Any:
     n, half = data.shape
     parts = [x.reshape(n, -1, group_size // 2) for x in int4_halves(data)]
     return xp.stack(parts, axis=2).reshape(n, 2 * half)
+
+
+def digits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows x [T, K] as int16 values in two digits each: (int8 [2, T, K], the high ones first;
+    float32 scales [T])."""
+    values, scales = quantise(x, "int16")
+    values = values.astype(jnp.int32)
+    low = ((values + 128) & 255) - 128
+    return jnp.stack([(values - low) >> 8, low]).astype(jnp.int8), scales
 
 
 def dequantise(

@@ -12,8 +12,10 @@ E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 W8A8 = Format("int8", activations="int8")
 FP8 = Format("float8_e4m3fn", activations="float8_e4m3fn")
+W8A16 = Format("int8", activations="int16")
 FORMATS = {
     "w8a8": W8A8,
+    "w8a16": W8A16,
     "int8": Format("int8"),
     "int8_groups": Format("int8", group_size=32),
     "int8_zeros": Format("int8", group_size=32, zero_points=True),
@@ -86,18 +88,26 @@ def rows(t: int, k: int, seed: int = 0, dtype: str = "float32") -> np.ndarray:
 def quantised_rows(x: np.ndarray, format: Format) -> tuple[np.ndarray, np.ndarray]:
     """x as integers or e4m3 values, and float32 scales [T], by the contract's own words."""
     x = x.astype(np.float32)
-    largest = np.float32(127 if format.activations == "int8" else 448)
+    largest = np.float32({"int8": 127, "int16": 32639, "float8_e4m3fn": 448}[format.activations])
     scale = np.abs(x).max(axis=1) * (np.float32(1) / largest)
     y = x * (np.float32(1) / np.where(scale == 0, np.float32(1), scale))[:, None]
-    if format.activations == "int8":
-        return np.clip(np.rint(y), -127, 127).astype(np.int64), scale
+    if format.activations != "float8_e4m3fn":
+        return np.clip(np.rint(y), -largest, largest).astype(np.int64), scale
     return np.clip(y, -448, 448).astype(E4M3), scale
 
 
 def integer_definition(x: np.ndarray, weight: Weight) -> np.ndarray:
-    """W8A8 exactly: integers summed as integers, then two float32 multiplications."""
+    """W8A8 and W8A16 exactly: integers summed as integers, int16 by digit, then two float32
+    multiplications."""
     q, scale = quantised_rows(x, weight.format)
-    sums = (q @ weight.values.astype(np.int64).T).astype(np.float32)
+    w = weight.values.astype(np.int64).T
+    if weight.format.activations == "int16":
+        high = (q + 128) // 256
+        low = q - 256 * high
+        assert max(np.abs(high).max(), np.abs(low + 0.5).max()) <= 127.5
+        sums = np.float32(256) * (high @ w).astype(np.float32) + (low @ w).astype(np.float32)
+    else:
+        sums = (q @ w).astype(np.float32)
     return sums * scale[:, None] * weight.scales[None, :]
 
 

@@ -11,7 +11,7 @@ import pallas_kernels
 from pallas_kernels import Format
 from pallas_kernels.quant_matmul import dequantise, pack_int4, unpack_int4, xla
 from tests.kernels import quant_cases
-from tests.kernels.quant_cases import FORMATS, FP8, W8A8, Weight
+from tests.kernels.quant_cases import FORMATS, FP8, W8A8, W8A16, Weight
 
 IMPLEMENTATIONS = ("reference", "xla")
 SIZES = [(1, 96, 96), (2, 40, 192), (4, 7, 96), (9, 200, 384), (13, 33, 96), (40, 64, 576)]
@@ -33,9 +33,12 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_w8a8_is_its_integer_definition_bit_for_bit(impl: str, size: tuple[int, int, int]):
+@pytest.mark.parametrize("format", [W8A8, W8A16], ids=["w8a8", "w8a16"])
+def test_integers_are_their_definition_bit_for_bit(
+    impl: str, format: Format, size: tuple[int, int, int]
+):
     t, n, k = size
-    x, weight = quant_cases.rows(t, k), quant_cases.make(W8A8, n, k)
+    x, weight = quant_cases.rows(t, k), quant_cases.make(format, n, k)
     np.testing.assert_array_equal(
         compute(impl, x, weight), quant_cases.integer_definition(x, weight)
     )
@@ -73,7 +76,7 @@ def test_the_tolerance_finds_a_fault(name: str, wrong: str):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["w8a8", "int8", "int4_zeros_32", "fp8"])
+@pytest.mark.parametrize("name", ["w8a8", "w8a16", "int8", "int4_zeros_32", "fp8"])
 def test_rows_of_two_bytes(impl: str, dtype: str, name: str):
     for t in (3, 20):
         x = quant_cases.rows(t, 96, dtype=dtype)
@@ -113,6 +116,18 @@ def test_the_largest_sum_does_not_wrap(impl: str):
         W8A8.shapes(1, k + 1)
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_the_largest_sums_of_digits_do_not_wrap(impl: str):
+    """As above with both digits 127: the sum of the values themselves would need 38 bits."""
+    k = 2**16
+    data = np.full((16, k), -128, np.int8)
+    weight = Weight(W8A16, data, data, np.ones(16, np.float32), None)
+    x = np.full((1, k), 2.0, np.float32)
+    np.testing.assert_array_equal(
+        compute(impl, x, weight), quant_cases.integer_definition(x, weight)
+    )
+
+
 def test_every_e4m3_value_is_read_exactly():
     bits = np.arange(256, dtype=np.uint8)
     bits = bits[(bits & 0x7F) != 0x7F].reshape(1, -1)  # without NaN
@@ -147,7 +162,7 @@ def _jax(a: np.ndarray | None):
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 4, 8, 64])
-@pytest.mark.parametrize("name", ["w8a8", "int8", "int4_32", "int4_zeros_32", "fp8"])
+@pytest.mark.parametrize("name", ["w8a8", "w8a16", "int8", "int4_32", "int4_zeros_32", "fp8"])
 def test_no_float_weight_is_written_on_a_cpu(monkeypatch, name: str, num_rows: int):
     """What XLA allocates beside inputs and outputs is far less than the weight, as int8 even; but
     fp8's bits are copied."""
@@ -186,6 +201,8 @@ def test_an_accelerator_s_form_computes_the_same(platform: str, name: str):
         ({"dtype": "int4", "activations": "int8"}, "a weight of their own dtype"),
         ({"dtype": "int8", "activations": "int8", "group_size": 32}, "without groups"),
         ({"dtype": "int8", "activations": "int4"}, "activations is 'int4'; allowed: float"),
+        ({"dtype": "int4", "activations": "int16"}, "int16: int8"),
+        ({"dtype": "int8", "activations": "int16", "group_size": 32}, "without groups"),
     ],
 )
 def test_a_format_that_makes_no_sense_is_refused(fields: dict, message: str):
