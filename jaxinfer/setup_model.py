@@ -11,6 +11,7 @@ from jaxinfer import weights
 from jaxinfer.config import EngineConfig, ModelConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.models import Model
+from jaxinfer.models.balance import Balancer
 from jaxinfer.params import flatten
 from jaxinfer.quant import kept, schemes
 from jaxinfer.quant.arrays import QuantArray
@@ -193,4 +194,8 @@ def load_params(
         # An array in a mapped file would change with the file, if a CPU took it over as it is.
         return jax.device_put(memory.owned(array))
 
-    return weights.load(source, model, put, progress=verbose)
+    if not schemes.is_balanced(config.quantization):
+        return weights.load(source, model, put, progress=verbose)
+    balancer = Balancer(model, put)
+    weights.load(source, model, balancer.put, progress=verbose)
+    return balancer.params()

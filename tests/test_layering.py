@@ -192,8 +192,8 @@ def test_a_forbidden_import_is_found(tmp_path):
 
 
 def test_jit_is_only_in_the_runner():
-    """`jax.jit` appears in runner.py alone (and training/loop.py once it exists), but for the one
-    in layers.py through which equal layers share a trace."""
+    """`jax.jit` appears in runner.py alone (and training/loop.py once it exists), but for
+    those in layers.py, through which equal layers share a trace and one is run alone."""
     allowed = {"runner.py", "loop.py", "layers.py"}
     found = [
         str(p.relative_to(ROOT))

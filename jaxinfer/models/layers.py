@@ -204,6 +204,28 @@ def _layer(block: nn.Module, weights: Any, x: jax.Array, pages: Any, table: Any,
     return block.apply({"params": weights}, x, pages, table, ragged)
 
 
+@partial(jax.jit, static_argnums=0)
+def observed(
+    block: nn.Module, weights: Any, x: jax.Array, pages: Any, table: Any, ragged: Any
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One layer over x [T, D]: what it gives [T, D], and what each of its norms does, by name."""
+
+    def is_norm(module: nn.Module, method: str) -> bool:
+        return isinstance(module, RMSNorm | LayerNorm) and method == "__call__"
+
+    (x, _), state = block.apply(
+        {"params": weights},
+        x,
+        pages,
+        table,
+        ragged,
+        capture_intermediates=is_norm,
+        mutable=["intermediates"],
+    )
+    given = state["intermediates"].items()
+    return x, {name: calls["__call__"][0] for name, calls in given if "__call__" in calls}
+
+
 class Decoder(nn.Module):
     """A decoder-only transformer: tokens, positions int32 [T] and pages -> hidden [T, D] and pages.
 

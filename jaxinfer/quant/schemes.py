@@ -29,12 +29,15 @@ _HEADS = ("embed", "lm_head")
 @dataclass(frozen=True)
 class Scheme:
     """`layers` is the format of the layers' matrices, `head` that of the output head where it is
-    quantised too: never less than 8 bits. `about` is for people."""
+    quantised too: never less than 8 bits. `about` is for people. `down` is that of the MLP's output
+    where it is another. `balanced`: see models/balance.py."""
 
     name: str
     layers: Format
     head: Format
     about: str
+    down: Format | None = None
+    balanced: bool = False
 
     @property
     def has_groups(self) -> bool:
@@ -43,6 +46,10 @@ class Scheme:
 
 _INT8 = Format("int8")
 _W8A8 = Format("int8", activations="int8")
+# Inputs of `down` are products, with rare large elements in any channel: in 8 bits they cost more
+# than all else does together. The head's errors reach the logits as they are. Both times the weight
+# is read once for both digits.
+_W8A16 = Format("int8", activations="int16")
 _FP8 = Format("float8_e4m3fn", activations="float8_e4m3fn")
 
 SCHEMES: Mapping[str, Scheme] = MappingProxyType(
@@ -52,8 +59,11 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
             Scheme(
                 "int8",
                 _W8A8,
-                _W8A8,
-                "int8 weights, a scale for each output; int8 activations, a scale for each token",
+                _W8A16,
+                "int8 weights, a scale for each output; int8 activations, int16 into down and the "
+                "head, a scale for each token; balanced",
+                down=_W8A16,
+                balanced=True,
             ),
             Scheme(
                 "int8_weight_only",
@@ -119,6 +129,8 @@ def choose(
         if rule.path in _HEADS and not head:
             continue
         used = scheme.head if rule.path in _HEADS else format
+        if scheme.down is not None and rule.path.endswith("/down"):
+            used = scheme.down
         try:
             QuantArray.of_shape(rule.shape(config), rule.contracted, used)
         except ValueError as error:
@@ -127,6 +139,11 @@ def choose(
             ) from None
         chosen.append((rule.path, used))
     return tuple(chosen)
+
+
+def is_balanced(name: str | None) -> bool:
+    """Whether weights are balanced before they are rounded as `name` says."""
+    return name in SCHEMES and SCHEMES[name].balanced
 
 
 def _is_matrix(rule: Rule, config: ModelConfig) -> bool:
@@ -172,6 +189,11 @@ def describe(
         kinds.setdefault(kind, []).append(rule.path)
     lines = [f"quantisation: {name} ({SCHEMES[name].about})"]
     lines += [f"  {kind}: {', '.join(paths)}" for kind, paths in kinds.items()]
+    if is_balanced(name):
+        lines.append(
+            "  balanced: large channels of what norms give are made smaller, and the rows of q, k, "
+            "v, gate and up that meet them larger by as much"
+        )
     if not any(path in _HEADS for path in used):
         what = "embed, which is the head too," if config.tie_embeddings else "lm_head"
         lines.append(f"  {what} stays float; quantize_lm_head=True quantises it")
