@@ -63,8 +63,9 @@ class Balancer:
             layer = {p: a for p, a in self._layer.items() if p.startswith(prefix)}
             for p in layer:
                 del self._layer[p]
-            rms = self._run(layer, prefix)
-            for p, balanced in balance(layer, prefix, rms).items():
+            with np.errstate(over="ignore", invalid="ignore"):  # `put` refuses what overflows
+                layer = balance(layer, prefix, self._run(layer, prefix))
+            for p, balanced in layer.items():
                 self._leaves[p] = self._put(balanced, p)
             self._num_done += 1
 
