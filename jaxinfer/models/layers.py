@@ -222,7 +222,8 @@ def observed(
         capture_intermediates=is_norm,
         mutable=["intermediates"],
     )
-    given = state["intermediates"].items()
+    intermediates: Any = state["intermediates"]
+    given = intermediates.items()
     return x, {name: calls["__call__"][0] for name, calls in given if "__call__" in calls}
 
 

@@ -143,7 +143,7 @@ def choose(
 
 def is_balanced(name: str | None) -> bool:
     """Whether weights are balanced before they are rounded as `name` says."""
-    return name in SCHEMES and SCHEMES[name].balanced
+    return name is not None and name in SCHEMES and SCHEMES[name].balanced
 
 
 def _is_matrix(rule: Rule, config: ModelConfig) -> bool:
