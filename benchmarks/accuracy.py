@@ -91,7 +91,12 @@ def parser() -> argparse.ArgumentParser:
         description=HELP + names,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--only", nargs="+", metavar="NAME", help="these rows; default: all")
+    made.add_argument(
+        "--only",
+        nargs="*",
+        metavar="NAME",
+        help="these rows; default: all; no name: the table alone",
+    )
     made.add_argument("--model", help="the float model; default: the embedded one")
     made.add_argument(
         "--checkpoint",
@@ -173,7 +178,9 @@ def join(scores: Sequence[Scores]) -> Scores:
     """Of several texts, as if they had been scored together."""
     first = scores[0]
     arrays = ("targets", "context", "logprobs", "top_ids", "top_logprobs")
-    joined = {name: np.concatenate([getattr(s, name) for s in scores]) for name in arrays}
+    joined: dict[str, Any] = {
+        name: np.concatenate([getattr(s, name) for s in scores]) for name in arrays
+    }
     for name in ("num_tokens", "num_windows"):
         joined[name] = sum(getattr(s, name) for s in scores)
     known = [s.num_bytes for s in scores if s.num_bytes is not None]
@@ -189,7 +196,7 @@ class Bench:
         self,
         parts: list[Part],
         shared: dict[str, Any],
-        how: dict[str, int],
+        how: dict[str, Any],
         store: Store,
         *,
         resume: bool,
@@ -344,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parts = accuracy_texts.files(options.text)
         else:
             parts = accuracy_texts.default_parts(options.downloads)
-        how = {"window": WINDOW, "stride": STRIDE, "num_top": NUM_TOP}
+        how: dict[str, Any] = {"window": WINDOW, "stride": STRIDE, "num_top": NUM_TOP}
         if options.toy:
             how |= {"window": 48, "stride": 32}
         default = not (options.text or options.toy)

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,7 +155,7 @@ def test_bos_begins_every_window_and_is_not_scored(with_bos, theirs):
 
 
 def test_a_limit_scores_the_first_tokens_alike(llm):
-    options = {"window": WINDOW, "stride": STRIDE, "num_top": 2}
+    options: dict[str, Any] = {"window": WINDOW, "stride": STRIDE, "num_top": 2}
     full = evaluate.score(llm, TEXTS, **options)
     some = evaluate.score(llm, TEXTS, **options, max_tokens=50)
     assert some.targets.tolist() == full.targets[:50].tolist()
@@ -193,7 +194,7 @@ def rounded(model):
 
 def test_divergence_over_the_vocabulary_is_exact(llm, rounded):
     """Against the plain formula in float64 over whole distributions."""
-    options = {"window": WINDOW, "stride": STRIDE, "num_top": -1}
+    options: dict[str, Any] = {"window": WINDOW, "stride": STRIDE, "num_top": -1}
     ours = evaluate.score(rounded, TEXTS, **options)
     base = evaluate.score(llm, TEXTS, **options)
     result = evaluate.compare(ours, base)
@@ -214,7 +215,7 @@ def test_divergence_over_the_vocabulary_is_exact(llm, rounded):
 def test_fewer_tokens_give_less_divergence(llm, rounded):
     found = []
     for num_top in (1, 4, 32, -1):
-        options = {"window": WINDOW, "stride": STRIDE, "num_top": num_top}
+        options: dict[str, Any] = {"window": WINDOW, "stride": STRIDE, "num_top": num_top}
         ours = evaluate.score(rounded, TEXTS, **options)
         base = evaluate.score(llm, TEXTS, **options)
         found.append(evaluate.compare(ours, base)["kl_divergence"])
@@ -225,7 +226,7 @@ def test_fewer_tokens_give_less_divergence(llm, rounded):
 
 
 def test_different_tokens_are_not_compared(llm):
-    options = {"window": WINDOW, "stride": STRIDE, "num_top": 1}
+    options: dict[str, Any] = {"window": WINDOW, "stride": STRIDE, "num_top": 1}
     base = evaluate.score(llm, TEXTS, **options)
     with pytest.raises(InvalidRequestError, match="different tokens"):
         evaluate.compare(base, evaluate.score(llm, TEXTS[::-1], **options))
