@@ -322,6 +322,11 @@ def measure(bench: Bench, configurations: Sequence[Configuration], report: Repor
         print(table(accuracy_readme.lines([row]), accuracy_readme.COLUMNS), flush=True)
     report.rows.sort(key=lambda r: order.index(r["name"]) if r["name"] in order else len(order))
     missing = [name for name in order if all(row["name"] != name for row in report.rows)]
+    load = max((row["load_at_start"] or 0 for row in report.rows), default=0)
+    if load > machine.num_cores() / 2:
+        report.note(
+            f"other work ran beside (load up to {load:.1f}): the decode rates are not usable"
+        )
     if missing:
         report.note(f"no row yet: {', '.join(missing)}")
     else:

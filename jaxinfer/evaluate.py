@@ -249,7 +249,7 @@ def most_likely(entry: dict[int, Logprob], target: int, count: int) -> list[tupl
     return [best[rank] for rank in range(1, count + 1)]
 
 
-def summary(scores: Scores) -> dict[str, float | int | None]:
+def summary(scores: Scores) -> dict[str, Any]:
     """What `scores` amount to: nats per token, perplexity (its standard error takes tokens as
     independent), bits per byte, and the exact counts."""
     nats = -scores.logprobs
@@ -281,7 +281,7 @@ def perplexity(nats_per_token: float) -> float:
     return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
 
 
-def compare(scores: Scores, reference: Scores) -> dict[str, float | int]:
+def compare(scores: Scores, reference: Scores) -> dict[str, Any]:
     """How far a model is from `reference` on the same tokens, each predicted from the true ones
     before it (teacher-forced).
 

@@ -231,9 +231,9 @@ def test_different_tokens_are_not_compared(llm):
     with pytest.raises(InvalidRequestError, match="different tokens"):
         evaluate.compare(base, evaluate.score(llm, TEXTS[::-1], **options))
     with pytest.raises(InvalidRequestError, match="different tokens"):
-        evaluate.compare(base, evaluate.score(llm, TEXTS, **options | {"stride": 5}))
+        evaluate.compare(base, evaluate.score(llm, TEXTS, **{**options, "stride": 5}))
     with pytest.raises(InvalidRequestError, match="num_top"):
-        evaluate.compare(base, evaluate.score(llm, TEXTS, **options | {"num_top": 0}))
+        evaluate.compare(base, evaluate.score(llm, TEXTS, **{**options, "num_top": 0}))
 
 
 @pytest.mark.parametrize(
