@@ -39,7 +39,7 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 def text(content: dict[str, Any]) -> str:
     """What stands between the markers: where it was measured, on what text, the table, notes."""
     settings, rows = content["settings"], content["rows"]
-    parts = [measured_on(content)]
+    parts = [measured_on(content, "accuracy")]
     if rows:
         parts.append(
             f"Model: {settings['model']}, dtype {settings['dtype']}. "

@@ -165,7 +165,7 @@ def replace_between(path: Path, name: str, text: str) -> None:
         raise BenchmarkError(f"{path} cannot be written ({error})") from None
 
 
-def measured_on(content: dict[str, Any]) -> str:
+def measured_on(content: dict[str, Any], benchmark: str) -> str:
     """When, on what and with which command a result was made, in a sentence or two."""
     about = content["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
@@ -173,7 +173,7 @@ def measured_on(content: dict[str, Any]) -> str:
         f"Measured {content['date'][:10]} on {about['cpu']}, {about['cores']} cores, "
         f"{about['memory_gb']} GB, {about['platform']} ({about['device']}); {versions}. "
         f"Command: `{content['command']}`; rows: "
-        f"`results/{about['name']}/{content['benchmark']}.json`."
+        f"`results/{about['name']}/{benchmark}.json`."
     )
 
 

@@ -65,7 +65,7 @@ def text(content: dict[str, Any]) -> str:
     """What stands between the markers: where it was measured, the table, what "off" is, sources."""
     rows = content["rows"]
     parts = [
-        measured_on(content),
+        measured_on(content, "techniques"),
         table(lines(rows), COLUMNS),
         'What "off" is, and where the figure is from:',
     ]
