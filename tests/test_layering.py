@@ -112,6 +112,17 @@ MAY_IMPORT: dict[str, set[str]] = {
         "weights",
         "jax",
     },
+    "quantize": {
+        "config",
+        "errors",
+        "models",
+        "params",
+        "quant",
+        "tokenizer",
+        "weights",
+        "jax",
+        "pallas_kernels",
+    },
     "mailbox": {"engine", "interrupts", "request"},
     "llm": HOST
     | {
@@ -192,13 +203,14 @@ def test_a_forbidden_import_is_found(tmp_path):
 
 
 def test_jit_is_only_in_the_runner():
-    """`jax.jit` appears in runner.py alone (and training/loop.py once it exists), but for
-    those in layers.py, through which equal layers share a trace and one is run alone."""
+    """`jax.jit` appears in runner.py alone (and training/loop.py once it exists), but for those in
+    layers.py, through which equal layers share a trace and one is run alone, and the quantisers,
+    which run no step."""
     allowed = {"runner.py", "loop.py", "layers.py"}
     found = [
         str(p.relative_to(ROOT))
         for p in (ROOT / "jaxinfer").rglob("*.py")
-        if "jax.jit" in _code(p) and p.name not in allowed
+        if "jax.jit" in _code(p) and p.name not in allowed and group_of(p) != "quantize"
     ]
     assert not found
 
