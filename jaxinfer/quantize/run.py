@@ -297,6 +297,7 @@ def _ops(config: ModelConfig) -> Ops:
         head_dim=config.head_dim,
         page_size=None,
         dtype="float32",
+        page_dtype=None,
     )
     return resolve("auto", spec=spec)
 
