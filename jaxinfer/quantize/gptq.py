@@ -21,7 +21,12 @@ _BLOCK = 128
 
 
 def quantise(
-    weights: jax.Array, hessian: jax.Array, grid: Grid, name: str, *, act_order: bool
+    weights: jax.Array | np.ndarray,
+    hessian: jax.Array | np.ndarray,
+    grid: Grid,
+    name: str,
+    *,
+    act_order: bool,
 ) -> Rounded:
     """weights float32 [N, K] on the grid, for inputs whose X'X is `hessian` [K, K].
 

@@ -141,7 +141,7 @@ class _Run:
     def go(self, partial: Partial, progress: bool) -> Summary:
         num_layers = self.source.config.num_layers
         if not partial.is_done(0):
-            partial.write(0, self._outside(), {})
+            partial.write(0, self._unchanged(None), {})
         todo = [part for part in range(1, num_layers + 1) if not partial.is_done(part)]
         hidden = self._embedded() if todo and self.tokens is not None else None
         parts = tqdm(range(num_layers), disable=not progress, unit="layer", file=sys.stderr)
@@ -178,7 +178,7 @@ class _Run:
 
         By the very programs of a run that was not stopped, so that the bits are the same.
         """
-        if hidden is None:
+        if hidden is None or number + 1 == self.source.config.num_layers:
             return None
         rules, gptq = self._rules_of(number), self.settings.method == "gptq"
         tensors = self._read(number)
@@ -217,10 +217,6 @@ class _Run:
                 changed = packed.floats.get(leaf)
                 out[rule.name] = self._kept(rule.name) if changed is None else changed
         return out, packed.errors
-
-    def _outside(self) -> Tensors:
-        """The tensors that belong to no layer."""
-        return self._unchanged(None)
 
     def _unchanged(self, number: int | None) -> Tensors:
         """A layer's tensors, or (None) those of none, as they are stored."""

@@ -13,7 +13,6 @@ LAYOUTS = {
     "gptq-4-act-order": "gptq",
     "gptq-4-channel": "gptq",
     "gptq-8": "gptq",
-    "gptq-4-converted": "gptq",
     "ct-pack4-group": "pack-quantized",
     "ct-pack4-group-zeros": "pack-quantized",
     "ct-pack4-channel-odd": "pack-quantized",
