@@ -67,6 +67,7 @@ def test_a_gguf_file(tmp_path: Path):
             model=builders.string("tokenizer.ggml.model", "gpt2"),
             pre=builders.string("tokenizer.ggml.pre", "smollm"),
             merges=merges,
+            eos=builders.u32("tokenizer.ggml.eos_token_id", 31),
         )
     )
     quantize(path, tmp_path / "out", Request(method="rtn", bits=8), progress=False)

@@ -52,7 +52,7 @@ def test_the_grid_is_as_fine_as_it_says(name: str):
     assert (packed.zeros is None) == grid.symmetric
     step = np.repeat(packed.scales, packed.group_size, axis=0)
     off = np.abs(packed.dequantize() - w.T)
-    integers = packed.values + (1 << (grid.bits - 1))
+    integers = packed.values.astype(int) + (1 << (grid.bits - 1))
     inner = (integers > 0) & (integers < grid.highest)
     assert inner.mean() > 0.8
     assert (off[inner] <= 0.5001 * step[inner]).all()
