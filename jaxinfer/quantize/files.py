@@ -38,7 +38,7 @@ def write_tensors(
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         for name in _write_header(file, entries, notes or {}):
-            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
         _flush(file)
     temporary.rename(path)
 
@@ -82,7 +82,7 @@ def _merge_one(paths: list[Path], target: Path) -> dict[str, int]:
         for name in _write_header(file, entries, {"format": "pt"}):
             path, begin, num_bytes = places[name]
             if num_bytes:
-                file.write(np.memmap(path, np.uint8, "r", begin, (num_bytes,)))
+                file.write(np.memmap(path, np.uint8, "r", begin, (num_bytes,)).data)
         _flush(file)
     return {name: num_bytes for name, (_, _, num_bytes) in entries.items()}
 

@@ -109,22 +109,16 @@ class _Run:
         self.config = folder.model_config(source, self.settings)
         self.rules = expand(self.model.rules, source.config.num_layers)
         self.layers = Layers(self.model)
-        self.tokenizer = self._open_tokenizer()
+        self.tokenizer: Tokenizer | None = None
+        if source.gguf_metadata is not None:  # to be written; a folder's files are copied
+            self.tokenizer = tokenizer.from_gguf(source.gguf_metadata, source.path)
+            tokenizer.check_vocab(self.tokenizer, source.config.vocab_size)
         self.tokens, self.text_hash = None, None
         if self.settings.calibrated:
-            self.tokens = read_sequences(calibration, self.tokenizer, self.settings)
+            own = self.tokenizer or tokenizer.from_directory(source.path)
+            tokenizer.check_vocab(own, source.config.vocab_size)
+            self.tokens = read_sequences(calibration, own, self.settings)
             self.text_hash = hashlib.sha256(self.tokens.tobytes()).hexdigest()
-
-    def _open_tokenizer(self) -> Tokenizer | None:
-        """A GGUF file's has to be written; else only calibration needs one."""
-        if self.source.gguf_metadata is not None:
-            found = tokenizer.from_gguf(self.source.gguf_metadata, self.source.path)
-        elif self.settings.calibrated:
-            found = tokenizer.from_directory(self.source.path)
-        else:
-            return None
-        tokenizer.check_vocab(found, self.source.config.vocab_size)
-        return found
 
     def arguments(self) -> dict[str, Any]:
         """What makes the result what it is, as JSON gives it back."""
@@ -143,7 +137,7 @@ class _Run:
         if not partial.is_done(0):
             partial.write(0, self._unchanged(None), {})
         todo = [part for part in range(1, num_layers + 1) if not partial.is_done(part)]
-        hidden = self._embedded() if todo and self.tokens is not None else None
+        hidden = None if self.tokens is None or not todo else self._embedded(self.tokens)
         parts = tqdm(range(num_layers), disable=not progress, unit="layer", file=sys.stderr)
         parts.set_description(self.settings.method)
         with parts:
@@ -264,7 +258,7 @@ class _Run:
             )
         return kept
 
-    def _embedded(self) -> np.ndarray:
+    def _embedded(self, tokens: np.ndarray) -> np.ndarray:
         """The calibration text as the first layer is given it, float32 [B, S, D]."""
         names = {"embed", "positions"}
         shared = {
@@ -274,7 +268,7 @@ class _Run:
             for rule in self.rules
             if rule.path in names
         }
-        return self.layers.embed(shared, self.tokens)
+        return self.layers.embed(shared, tokens)
 
     def _finish(self, partial: Partial, num_layers: int) -> None:
         final = partial.folder / "final"
