@@ -13,6 +13,7 @@ from jaxinfer.errors import ConfigError
 from jaxinfer.params import assemble, flatten, unflatten
 from jaxinfer.quant import schemes
 from jaxinfer.quant.arrays import QuantArray
+from jaxinfer.quant.config import METHODS
 from jaxinfer.quant.rounding import quantise
 from jaxinfer.quant.schemes import SCHEMES
 from jaxinfer.weights import config_from_hf
@@ -36,8 +37,8 @@ def quantised(model: models.Model, name: str, *, head: bool) -> models.Model:
     return dataclasses.replace(model, formats=formats)
 
 
-def test_the_configuration_names_every_scheme():
-    assert set(get_args(QuantizationName)) == set(SCHEMES)
+def test_the_configuration_names_every_scheme_and_checkpoint_format():
+    assert set(get_args(QuantizationName)) == {*SCHEMES, *METHODS, "gguf"}
 
 
 @pytest.mark.parametrize("case", tiny.CONFIGS)
