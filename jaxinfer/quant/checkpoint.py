@@ -74,12 +74,12 @@ def open_packed(
     reader, parts = _READERS[fmt.layout]
     layers: dict[str, dict[str, TensorInfo]] = {}
     seen: dict[str, TensorInfo] = {}
-    left_out = []
+    left_out = static_scales(infos, path)
     for name, info in infos.items():
         layer, _, part = name.rpartition(".")
         if part in NOT_WEIGHTS:
-            left_out.append(name)
-        elif part in parts and not (part == "weight" and info.dtype not in _PACKED_DTYPES):
+            continue
+        if part in parts and not (part == "weight" and info.dtype not in _PACKED_DTYPES):
             layers.setdefault(layer, {})[part] = info
         else:
             seen[name] = info
@@ -109,15 +109,21 @@ def open_packed(
             "quantization_config from config.json if the weights are float",
             path=path,
         )
-    if left_out:
+    return PackedCheckpoint(fmt, seen, packed, left_out)
+
+
+def static_scales(infos: Mapping[str, TensorInfo], path: object) -> tuple[str, ...]:
+    """Tensors that are no weights, but static scales; a warning says that they are left out."""
+    names = tuple(name for name in infos if name.rpartition(".")[2] in NOT_WEIGHTS)
+    if names:
         logger.warning(
             "%s: %d static scales of activations or of the KV cache are left out (%s, ...): here "
             "neither is quantised with them",
             path,
-            len(left_out),
-            left_out[0],
+            len(names),
+            names[0],
         )
-    return PackedCheckpoint(fmt, seen, packed, tuple(left_out))
+    return names
 
 
 def _loader(layer: str, load: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:

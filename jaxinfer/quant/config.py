@@ -182,12 +182,15 @@ def _fp8(fields: ConfigFields) -> CheckpointFormat:
     )
 
 
-def _compressed_tensors(fields: ConfigFields) -> CheckpointFormat:
+def _compressed_tensors(fields: ConfigFields) -> CheckpointFormat | None:
+    """None where only scales of the KV cache are stored, beside float weights."""
     _refuse(fields, "transform_config", "absent: rotated weights are not supported")
     sparsity = fields.table("sparsity_config")
     if sparsity is not None and sparsity.text("format", "dense") != "dense":
         sparsity.fail("format", "dense: sparse checkpoints are not supported")
     groups = fields.table("config_groups")
+    if groups is not None and not groups.values and fields.table("kv_cache_scheme") is not None:
+        return None
     if groups is None or not groups.values:
         fields.fail("config_groups", "an object with one group")
     schemes = [_scheme(fields, groups, name) for name in groups.values]

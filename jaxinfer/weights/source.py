@@ -21,6 +21,7 @@ from jaxinfer.errors import ConfigError, ModelFormatError
 from jaxinfer.params import Rule, TensorInfo, TensorReader, assemble, flatten
 from jaxinfer.quant import kept
 from jaxinfer.quant.arrays import Kept
+from jaxinfer.quant.checkpoint import static_scales
 from jaxinfer.quant.config import CheckpointFormat, checkpoint_format
 from jaxinfer.weights import gguf, hub, safetensors
 from jaxinfer.weights.fields import Fields
@@ -153,6 +154,8 @@ def load(
     ignored = tuple(model.ignored)
     if isinstance(source.reader, PackedReader):
         ignored += source.reader.zero_biases()
+    else:
+        ignored += static_scales(source.reader.infos, source.path)
     hold = _hold(source, model, put)
     if progress and source.quantised is not None and hold is None:
         tqdm.write(_dequantised(source.quantised, model.dtype), sys.stderr)

@@ -178,6 +178,26 @@ def test_no_float_weight_is_written_on_a_cpu(monkeypatch, name: str, num_rows: i
     assert allowed < 2 * n * k  # or the test would say nothing: a float16 weight has as much
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_sums_over_the_result_are_right(monkeypatch, name: str):
+    """XLA:CPU may fuse what follows with the dots of a weight of few outputs, wrongly."""
+    monkeypatch.undo()  # tiles as they are
+    rows, n, k = 40, 192, 576
+    weight = quant_cases.make(FORMATS[name], n, k, seed=3)
+    arrays = weight.data, weight.scales, weight.zeros
+    op = partial(pallas_kernels.resolve("xla", "cpu").quant_matmul, format=weight.format)
+    x = jnp.asarray(quant_cases.rows(rows, k, seed=4))
+
+    def then_sum(x: jax.Array, *arrays: jax.Array) -> jax.Array:
+        out = op(x, *arrays)
+        return out + jnp.sum(out, axis=1, keepdims=True)
+
+    want = np.asarray(op(x, *arrays), np.float64)
+    want += want.sum(axis=1, keepdims=True)
+    # A sum of 192 float32 in another order; the fault is off by 65 times the largest.
+    np.testing.assert_allclose(jax.jit(then_sum)(x, *arrays), want, atol=1e-4 * np.abs(want).max())
+
+
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_an_accelerator_s_form_computes_the_same(platform: str, name: str):

@@ -1,6 +1,7 @@
 """Whole runs on tiny models: what is written loads as it was chosen; stopping, going on, errors."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ import numpy as np
 import pytest
 
 from jaxinfer.errors import ConfigError
+from jaxinfer.models import build
 from jaxinfer.quant.packed import PackedWeight
 from jaxinfer.quantize import calibrate, layer, run
 from jaxinfer.quantize.partial import FOLDER, Partial
 from jaxinfer.quantize.run import quantize
 from jaxinfer.quantize.settings import Request
-from jaxinfer.weights import open_model
+from jaxinfer.weights import load, open_model
 from jaxinfer.weights.packed_reader import PackedReader
 from jaxinfer.weights.safetensors import QUANTISED, open_file
+from pallas_kernels.dispatch import resolve
 from scripts import quantize as script
 from tests.helpers import greedy, tiny_llm, tiny_weights, write_tiny_model
 from tests.quantize.test_formats import same
@@ -176,7 +179,7 @@ def test_other_arguments_are_refused(folder: Path, tmp_path: Path, monkeypatch: 
         go(folder, tmp_path / "out", CASES["rtn"])
 
 
-def test_kv_scales(folder: Path, tmp_path: Path):
+def test_kv_scales(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """fp8 scales beside untouched weights; to a quantised checkpoint too."""
     go(folder, tmp_path / "gptq", CASES["gptq"])
     quantize(
@@ -202,6 +205,12 @@ def test_kv_scales(folder: Path, tmp_path: Path):
     assert config["quant_method"] == "compressed-tensors" and config["config_groups"] == {}
     with open_model(tmp_path / "both") as source:
         assert source.quantised is not None and source.quantised.method == "gptq"
+    with open_model(tmp_path / "kv") as source:
+        assert source.quantised is None
+        model = build(source.config, resolve("reference"), "float32")
+        with caplog.at_level(logging.WARNING):
+            load(source, model, lambda array, path: array, progress=False)
+        assert "4 static scales" in caplog.text
 
 
 def test_shards(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
