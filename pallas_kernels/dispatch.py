@@ -27,6 +27,7 @@ import pallas_kernels.paged_attention.reference as paged_reference
 import pallas_kernels.paged_attention.tpu as paged_tpu
 import pallas_kernels.paged_attention.xla as paged_xla
 import pallas_kernels.quant_matmul.reference as quant_reference
+import pallas_kernels.quant_matmul.tpu as quant_tpu
 import pallas_kernels.quant_matmul.xla as quant_xla
 from pallas_kernels.common import Spec, Target
 
@@ -37,10 +38,10 @@ _PLATFORM_ALIASES = {"cuda": "gpu", "rocm": "gpu"}
 _MODULES: dict[str, tuple[tuple[Any, Any, Any, Any], tuple[str, ...]]] = {
     "reference": ((flash_reference, paged_reference, write_reference, quant_reference), PLATFORMS),
     "xla": ((flash_xla, paged_xla, write_xla, quant_xla), PLATFORMS),
-    "tpu": ((flash_tpu, paged_tpu, write_tpu, quant_xla), ("tpu",)),
+    "tpu": ((flash_tpu, paged_tpu, write_tpu, quant_tpu), ("tpu",)),
     "mosaic_gpu": ((flash_mosaic_gpu, paged_mosaic_gpu, write_mosaic_gpu, quant_xla), ("gpu",)),
     # The TPU's kernels, run by Pallas's interpreter: how they are tested without a TPU.
-    "interpret": ((flash_tpu, paged_tpu, write_tpu, quant_xla), ("cpu",)),
+    "interpret": ((flash_tpu, paged_tpu, write_tpu, quant_tpu), ("cpu",)),
 }
 IMPLEMENTATIONS = tuple(_MODULES)
 
