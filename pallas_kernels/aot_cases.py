@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels.flash_attention as flash
-from pallas_kernels import tuning
+from pallas_kernels import aot_quant, tuning
 from pallas_kernels.aot_targets import CHIPS, Chip, Program
 from pallas_kernels.common import QUANTISED, Spec
 from pallas_kernels.paged_attention import Ragged
@@ -31,7 +31,7 @@ KERNELS = ("tpu", "mosaic_gpu")
 # (implementation, platform) whose writes are not in place, and why that is known and stays.
 MAY_COPY = {("xla", "tpu"): "the layout is CPU's, which a TPU transposes to write"}
 MAY_COPY_SCALES = "the compiler moves scales that fit vector memory there while they are scattered"
-OPS = ("flash_attention", "paged_attention", "kv_write", "copy_pages", "step")
+OPS = ("flash_attention", "paged_attention", "kv_write", "copy_pages", "step", "quant_matmul")
 
 QUERY_TOKENS = 4096  # of flash attention
 NUM_PAGES = 3001  # a prime: nothing but the pool has as many elements
@@ -73,6 +73,8 @@ def programs(chip: Chip) -> list[Program]:
             continue
         matrix = _kernel_matrix if impl in KERNELS else _plain_matrix
         found += matrix(impl, chip)
+        if impl in KERNELS:
+            found += aot_quant.programs(impl, chip)
     return found
 
 

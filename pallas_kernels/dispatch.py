@@ -26,10 +26,12 @@ import pallas_kernels.paged_attention.mosaic_gpu as paged_mosaic_gpu
 import pallas_kernels.paged_attention.reference as paged_reference
 import pallas_kernels.paged_attention.tpu as paged_tpu
 import pallas_kernels.paged_attention.xla as paged_xla
+import pallas_kernels.quant_matmul.mosaic_gpu as quant_mosaic_gpu
 import pallas_kernels.quant_matmul.reference as quant_reference
 import pallas_kernels.quant_matmul.tpu as quant_tpu
 import pallas_kernels.quant_matmul.xla as quant_xla
 from pallas_kernels.common import Spec, Target
+from pallas_kernels.quant_matmul import Format, validate
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 _PLATFORM_ALIASES = {"cuda": "gpu", "rocm": "gpu"}
@@ -39,13 +41,17 @@ _MODULES: dict[str, tuple[tuple[Any, Any, Any, Any], tuple[str, ...]]] = {
     "reference": ((flash_reference, paged_reference, write_reference, quant_reference), PLATFORMS),
     "xla": ((flash_xla, paged_xla, write_xla, quant_xla), PLATFORMS),
     "tpu": ((flash_tpu, paged_tpu, write_tpu, quant_tpu), ("tpu",)),
-    "mosaic_gpu": ((flash_mosaic_gpu, paged_mosaic_gpu, write_mosaic_gpu, quant_xla), ("gpu",)),
+    "mosaic_gpu": (
+        (flash_mosaic_gpu, paged_mosaic_gpu, write_mosaic_gpu, quant_mosaic_gpu),
+        ("gpu",),
+    ),
     # The TPU's kernels, run by Pallas's interpreter: how they are tested without a TPU.
     "interpret": ((flash_tpu, paged_tpu, write_tpu, quant_tpu), ("cpu",)),
 }
 IMPLEMENTATIONS = tuple(_MODULES)
 
-# What "auto" takes: the first that can do what is asked.
+# What "auto" takes: the first that can do what is asked; for a quantised matmul, whose weights no
+# Spec names, the first from there on that can do each.
 _AUTO = {"cpu": ("xla",), "gpu": ("mosaic_gpu", "xla"), "tpu": ("tpu", "xla")}
 
 
@@ -125,7 +131,8 @@ def _resolve(impl: str, target: Target, spec: Spec | None) -> Ops:
         why_not = _why_not(name, target, spec)
         if not why_not:
             reason = f"the fastest there is on {target.platform}"
-            return _build(name, target, "; ".join([*refused, reason]))
+            ops = _build(name, target, "; ".join([*refused, reason]))
+            return replace(ops, quant_matmul=_first_that_can(name, target))
         refused.append(f"not {name}: {why_not}")
     raise ValueError(f"nothing on {target.platform} can do this: {'; '.join(refused)}")
 
@@ -135,6 +142,22 @@ def _why_not(name: str, target: Target, spec: Spec | None) -> str | None:
     flash_module, paged, _, _ = _MODULES[name][0]
     module = flash_module if spec is not None and spec.page_size is None else paged
     return module.unsupported(spec, _on(name, target))
+
+
+def _first_that_can(name: str, target: Target) -> Callable[..., jax.Array]:
+    """quant_matmul as "auto" does it: each weight by `name` if that can, else by the next."""
+    names = _AUTO[target.platform][_AUTO[target.platform].index(name) :]
+    modules = [_MODULES[name][0][3] for name in names]
+
+    def quant_matmul(
+        x: jax.Array, data: jax.Array, scales: jax.Array, zeros: Any, *, format: Format
+    ) -> jax.Array:
+        validate(x, data, scales, zeros, format)
+        question = format, len(data), x.shape[1], x.dtype, target
+        able = next(module for module in modules if not module.unsupported(*question))
+        return able.quant_matmul(x, data, scales, zeros, format=format, target=target)
+
+    return quant_matmul
 
 
 def _on(name: str, target: Target) -> Target:

@@ -1,10 +1,17 @@
 """The slowest obvious quantised matmul: the contract, word for word, over the whole weight."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import Target, quantise
 from pallas_kernels.quant_matmul import Format, dequantise, digits, validate
+
+
+def unsupported(format: Format, n: int, k: int, dtype: Any, target: Target) -> str | None:
+    """None: this can do all that the contract allows."""
+    return None
 
 
 @jax.named_scope("quant_reference")

@@ -22,12 +22,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import Target, check_positive, quantise
-from pallas_kernels.quant_matmul import Format, int4_halves, validate
+from pallas_kernels.quant_matmul import Format, validate
 
 LANES = 128
 # Rows, with those of the copies, up to which sums are scaled rather than weights.
@@ -80,8 +81,8 @@ def _has_small_memory(target: Target) -> bool:
     return target.device_kind is None or "v4" in target.device_kind
 
 
-def unsupported(format: Format, n: int, k: int, target: Target) -> str | None:
-    """Why this kernel cannot multiply with a weight [n, k] of `format`; None when it can."""
+def unsupported(format: Format, n: int, k: int, dtype: Any, target: Target) -> str | None:
+    """Why this cannot multiply rows of `dtype` with a weight [n, k] of `format`; None if it can."""
     lanes = k // 2 if format.dtype == "int4" else k
     block = _block_k(lanes, _span(format), LANES)
     if block > MOST_LANES:
@@ -152,7 +153,7 @@ def quant_matmul(
     """See `pallas_kernels.quant_matmul` for the contract. `config` overrides the tiles."""
     validate(x, data, scales, zeros, format)
     (num_rows, k), (n, lanes) = x.shape, data.shape
-    why_not = unsupported(format, n, k, target)
+    why_not = unsupported(format, n, k, x.dtype, target)
     if why_not:
         raise ValueError(why_not)
     row_scales = None
@@ -291,8 +292,16 @@ def _dot(x: jax.Array, w: jax.Array, axis: int = 1) -> jax.Array:
 
 def _values(plan: _Plan, data: jax.Array) -> list[jax.Array]:
     """The weight's values, unscaled, in the dtype of the products; for int4 in two parts."""
-    parts = int4_halves(data) if plan.format.dtype == "int4" else (data,)
-    return [part.astype(plan.dtype) for part in parts]
+    if plan.format.dtype == "int4":
+        return [part.astype(plan.dtype) for part in _float32_parts(plan, data)]
+    return [data.astype(plan.dtype)]
+
+
+def _float32_parts(plan: _Plan, data: jax.Array) -> list[jax.Array]:
+    """The same in float32, in which 8 is taken off the halves of int4: Mosaic has no int8 to."""
+    if plan.format.dtype != "int4":
+        return [data.astype(jnp.float32)]
+    return [half.astype(jnp.float32) - 8.0 for half in (data & np.uint8(15), data >> np.uint8(4))]
 
 
 def _int8_sums(plan: _Plan, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -334,8 +343,7 @@ def _add_scaled_weights(plan: _Plan, ref: Mapping[str, Any], scales: jax.Array) 
         scale = jnp.broadcast_to(scales[:, groups.start : groups.start + 1], data.shape)
         for group in groups[1:]:
             scale = jnp.where(lane < group * plan.span, scale, scales[:, group : group + 1])
-        parts = int4_halves(data) if plan.format.dtype == "int4" else (data,)
-        for i, part in enumerate(parts):
-            weight = (part.astype(jnp.float32) * scale).astype(plan.dtype)
+        for i, part in enumerate(_float32_parts(plan, data)):
+            weight = (part * scale).astype(plan.dtype)
             total = total + _dot(ref["x"][i, :, piece], weight)
     ref["acc"][...] = total

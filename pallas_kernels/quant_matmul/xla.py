@@ -13,6 +13,8 @@ int32 and a fast float dot, so there
   multiplied while it is in the cache.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -32,6 +34,11 @@ TILE_SIZE = 2**17
 # A row is written in balanced base 256: |high| <= 127, the other two digits in [-128, 127].
 DIGITS = 3
 _LARGEST = 127 * (256**2 + 256 + 1)
+
+
+def unsupported(format: Format, n: int, k: int, dtype: Any, target: Target) -> str | None:
+    """None: XLA can do all that the contract allows."""
+    return None
 
 
 @jax.named_scope("quant_xla")

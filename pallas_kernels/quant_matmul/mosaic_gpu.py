@@ -1,0 +1,313 @@
+"""Quantised matmul on Hopper GPUs (Pallas, Mosaic GPU), for few rows; XLA's form for many.
+
+The product is turned round ("swap-AB"): y^T [N, T] = W [N, K] x^T [K, T]. A warpgroup holds 64
+outputs, which is what a wgmma is tall, and T rounded up to 8 is the narrow side. Tiles of the
+weight and of x come by TMA into a ring that one warpgroup fills; float x meets weights that turn
+into its dtype in registers and are the wgmma's A operand from there, int8 and fp8 x meet them in
+shared memory. Columns of `data` are called lanes: for int4 a lane holds two elements of one group,
+and x comes in two parts, which fit its low and its high halves.
+
+The sum of each tile is scaled and added in registers: so scales of groups cost no rounding of
+weights, and fp8 is summed in float32, where the tensor cores alone keep about 14 bits. Zero points
+are taken off the weights, exactly. K is split over blocks where outputs are too few for the chip.
+
+Above MOST_ROWS each weight is used often enough to pay for a float copy of it.
+"""
+
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.common import Target, check_positive, quantise
+from pallas_kernels.mosaic_gpu import Accumulator, load, missing
+from pallas_kernels.paged_attention.mosaic_gpu_tiles import compiler_params, swizzled
+from pallas_kernels.quant_matmul import Format, validate, xla
+
+MOST_ROWS = 256
+ROWS = 64  # of one warpgroup's wgmma
+MOST_WIDTH = 64  # rows of x in a block: a sum and a product of 32 registers each
+BLOCKS = 264  # two on each of 132 multiprocessors
+BYTES_PER_BLOCK = 100 << 10  # of shared memory, so that two fit
+MOST_STAGES = 8
+i32 = jnp.int32
+
+
+@dataclass(frozen=True)
+class Config:
+    """`warpgroups` of 64 outputs each, `tile` lanes per step, `stages` tiles in the ring, `splits`
+    blocks that share a sum."""
+
+    warpgroups: int
+    tile: int
+    stages: int
+    splits: int
+
+    def __post_init__(self) -> None:
+        for name in ("warpgroups", "tile", "stages", "splits"):
+            check_positive(name, getattr(self, name))
+
+
+def unsupported(format: Format, n: int, k: int, dtype: Any, target: Target) -> str | None:
+    """Why this cannot multiply rows of `dtype` with a weight [n, k] of `format`; None if it can."""
+    why_not = missing(target)
+    if why_not:
+        return why_not
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"x.dtype is {jnp.dtype(dtype)}; allowed with mosaic_gpu: bfloat16, float16"
+    if n % ROWS:
+        return f"N is {n}; mosaic_gpu needs a multiple of {ROWS}"
+    least = 32 if format.activations == "float" else 64
+    if _tile(format, k) < least:
+        return (
+            f"K is {k} and group_size {format.group_size}; mosaic_gpu needs multiples of "
+            f"{2 * least if format.dtype == 'int4' else least} with {format.dtype}"
+        )
+    return None
+
+
+def _lanes(format: Format, elements: int) -> int:
+    return elements // 2 if format.dtype == "int4" else elements
+
+
+def _tile(format: Format, k: int) -> int:
+    """Lanes of a step: at most 128, a power of two, within one group."""
+    return gcd(128, _lanes(format, k), _lanes(format, format.group_size or k))
+
+
+def rule(num_rows: int, n: int, k: int, format: Format) -> Config:
+    """Tiles for these shapes: two blocks for each multiprocessor, as far as K can be shared out,
+    and as long a ring as lets both be there."""
+    tile = _tile(format, k)
+    steps = _lanes(format, k) // tile
+    warpgroups = 2 if n % (2 * ROWS) == 0 else 1
+    width = _width(num_rows)
+    blocks = n // (warpgroups * ROWS) * -(-num_rows // width)
+    most = max(1, BLOCKS // blocks)
+    splits = max(x for x in range(1, min(most, steps) + 1) if steps % x == 0)
+    parts = 2 if format.dtype == "int4" else 1
+    itemsize = 2 if format.activations == "float" else 1
+    stage = tile * (warpgroups * ROWS + parts * width * itemsize)
+    return Config(warpgroups, tile, min(MOST_STAGES, BYTES_PER_BLOCK // stage), splits)
+
+
+def _width(num_rows: int) -> int:
+    return min(MOST_WIDTH, -(-num_rows // 8) * 8)
+
+
+@jax.named_scope("quant_mosaic_gpu")
+def quant_matmul(
+    x: jax.Array,  # [T, K]
+    data: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None,
+    *,
+    format: Format,
+    target: Target,
+    config: Config | None = None,
+) -> jax.Array:  # float32 [T, N]
+    """See `pallas_kernels.quant_matmul` for the contract. `config` overrides the tiles."""
+    validate(x, data, scales, zeros, format)
+    (num_rows, k), n = x.shape, len(data)
+    why_not = unsupported(format, n, k, x.dtype, target)
+    if why_not:
+        raise ValueError(why_not)
+    if num_rows > MOST_ROWS:
+        return xla.quant_matmul(x, data, scales, zeros, format=format, target=target)
+    config = config or rule(num_rows, n, k, format)
+    width = _width(num_rows)
+    rows, row_scales = x, None
+    if format.activations != "float":
+        rows, row_scales = quantise(x, format.activations)
+    rows = jnp.pad(rows, ((0, -num_rows % width), (0, 0)))
+    # [parts, T, lanes]: for int4 the elements of low and of high halves.
+    parts = rows[None]
+    if format.dtype == "int4":
+        parts = rows.reshape(len(rows), -1, 2, (format.group_size or k) // 2)
+        parts = parts.transpose(2, 0, 1, 3).reshape(2, len(rows), k // 2)
+        data = lax.bitcast_convert_type(data, jnp.int8)
+    operands = [parts, data]
+    if format.group_size is not None:
+        operands += [scales] if zeros is None else [scales, zeros]
+    kernel = _Kernel(
+        format, config, parts.shape, data.shape, width, x.dtype, bool(target.interpret)
+    )
+    sums = kernel.call(operands, target).sum(axis=0, dtype=kernel.sum_dtype).T[:num_rows]
+    if format.group_size is not None:
+        return sums
+    sums = sums.astype(jnp.float32)
+    if row_scales is not None:
+        sums = sums * row_scales[:, None]
+    return sums * scales[None, :]
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """The kernel of one call: its static sizes, and what its warpgroups do. It gives the sums
+    [splits, N, T], scaled where scales are of groups."""
+
+    format: Format
+    config: Config
+    x_shape: tuple[int, ...]  # parts, T, lanes
+    data_shape: tuple[int, ...]
+    width: int
+    dtype: Any  # of x before it was quantised
+    interprets: bool
+
+    @property
+    def sum_dtype(self) -> Any:
+        return jnp.int32 if self.format.activations == "int8" else jnp.float32
+
+    @property
+    def steps(self) -> int:
+        """Of one block."""
+        return self.x_shape[2] // self.config.tile // self.config.splits
+
+    @property
+    def is_float(self) -> bool:
+        return self.format.activations == "float"
+
+    def call(self, operands: list[jax.Array], target: Target) -> jax.Array:
+        config, parts = self.config, self.x_shape[0]
+        outputs, tile, stages = config.warpgroups * ROWS, config.tile, config.stages
+        smem = {
+            "x": swizzled((stages, parts, self.width, tile), operands[0].dtype),
+            "w": swizzled((stages, outputs, tile), operands[1].dtype),
+            "out": plgpu.SMEM((outputs, self.width), self.sum_dtype),
+        }
+        if self.interprets and self.is_float:
+            smem["a"] = swizzled((config.warpgroups, ROWS, tile), self.dtype)
+        bars = {
+            "full": plgpu.Barrier(num_arrivals=1 + parts, num_barriers=stages),
+            "free": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=stages),
+        }
+        shape = (config.splits, self.data_shape[0], self.x_shape[1])
+        kernel = plgpu.kernel(
+            self.body,
+            out_type=jax.ShapeDtypeStruct(shape, self.sum_dtype),
+            scratch_types={"smem": smem, "bars": bars},
+            # The first is the slowest: blocks that share weights run together.
+            grid=(self.data_shape[0] // outputs, config.splits, self.x_shape[1] // self.width),
+            grid_names=("n", "split", "t"),
+            num_threads=config.warpgroups + 1,
+            thread_name="wg",
+            kernel_name="quant_matmul",
+            compiler_params=compiler_params(),
+            interpret=target.interpret or None,
+        )
+        return kernel(*operands)
+
+    def body(self, x: Any, data: Any, *rest: Any, smem: Any, bars: Any) -> None:
+        *grouped, out = rest
+        warpgroup = lax.axis_index("wg")
+
+        @pl.when(warpgroup < self.config.warpgroups)
+        def _() -> None:
+            self.compute(warpgroup, grouped, out, smem, bars)
+
+        @pl.when(warpgroup == self.config.warpgroups)
+        def _() -> None:
+            self.fetch(x, data, smem, bars)
+
+    def fetch(self, x: Any, data: Any, smem: Any, bars: Any) -> None:
+        """Fills the ring."""
+        outputs, tile = self.config.warpgroups * ROWS, self.config.tile
+        n = pl.ds(lax.axis_index("n") * outputs, outputs)
+        t = pl.ds(lax.axis_index("t") * self.width, self.width)
+        first = lax.axis_index("split") * self.steps
+
+        def step(i: jax.Array, _: None) -> None:
+            slot = lax.rem(i, i32(self.config.stages))
+
+            @pl.when(i >= self.config.stages)
+            def _() -> None:
+                plgpu.barrier_wait(bars["free"].at[slot])
+
+            lanes, bar = pl.ds((first + i) * tile, tile), bars["full"].at[slot]
+            plgpu.copy_gmem_to_smem(data.at[n, lanes], smem["w"].at[slot], bar)
+            for part in range(self.x_shape[0]):
+                plgpu.copy_gmem_to_smem(x.at[part, t, lanes], smem["x"].at[slot, part], bar)
+
+        lax.fori_loop(0, self.steps, step, None)
+
+    def compute(self, warpgroup: Any, grouped: list[Any], out: Any, smem: Any, bars: Any) -> None:
+        """The sums of 64 outputs."""
+        stages, tile = self.config.stages, self.config.tile
+        mine = pl.ds(warpgroup * ROWS, ROWS)
+        outputs = self.config.warpgroups * ROWS
+        n = pl.ds(lax.axis_index("n") * outputs + warpgroup * ROWS, ROWS)
+        first = lax.axis_index("split") * self.steps
+        group_lanes = _lanes(self.format, self.format.group_size or 0)
+
+        def by_group(ref: Any, i: Any) -> jax.Array:
+            """The column of step i in an array [N, groups]."""
+            group = lax.div((first + i) * tile, i32(group_lanes))
+            layout = plgpu.Layout.WGMMA.reduce(1)
+            return load(ref.at[n, group], layout=layout, optimized=False)
+
+        def step(i: jax.Array, acc: jax.Array) -> jax.Array:
+            slot = lax.rem(i, i32(stages))
+            columns = [by_group(ref, i) for ref in grouped]
+            plgpu.barrier_wait(bars["full"].at[slot])
+            w = smem["w"].at[slot, mine]
+            operands = [w]
+            if self.is_float:
+                zero = columns[1] if len(columns) > 1 else None
+                operands = self.values(load(w, layout=plgpu.Layout.WGMMA), zero)
+            for part, a in enumerate(operands):
+                if self.interprets and self.is_float:
+                    smem["a"].at[warpgroup][...] = a  # the interpreter has no A in registers
+                    plgpu.commit_smem()
+                    a = smem["a"].at[warpgroup]
+                sums = self.product(a, smem["x"].at[slot, part].T)
+                if columns:
+                    sums = sums * lax.broadcast_in_dim(columns[0], sums.shape, [0])
+                acc = acc + sums
+
+            @pl.when(i + stages < self.steps)
+            def _() -> None:
+                plgpu.barrier_arrive(bars["free"].at[slot])
+
+            return acc
+
+        zeros = jnp.zeros((ROWS, self.width), self.sum_dtype)
+        acc = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+        smem["out"].at[mine][...] = lax.fori_loop(0, self.steps, step, acc)
+        plgpu.commit_smem()
+        t = pl.ds(lax.axis_index("t") * self.width, self.width)
+        to = out.at[lax.axis_index("split"), n, t]
+        plgpu.copy_smem_to_gmem(smem["out"].at[mine], to)
+        plgpu.wait_smem_to_gmem(0)
+
+    def values(self, w: jax.Array, zero: jax.Array | None) -> list[jax.Array]:
+        """A tile of the weight without its scale, in x's dtype, for int4 in two parts: exact, since
+        |q - zero| <= 256."""
+        dtype = self.dtype
+        if self.format.dtype == "float8_e4m3fn":
+            # The hardware widens to float16 only; x stays what it is.
+            w = w.astype(jnp.float16)
+            return [w if dtype == jnp.float16 else w.astype(jnp.float32).astype(dtype)]
+        parts = [w.astype(dtype)]
+        if self.format.dtype == "int4":
+            # The high half with its sign bit turned is 16 q as an int8.
+            low = (w & jnp.int8(15)).astype(dtype) - dtype.type(8)
+            high = ((w ^ jnp.int8(-128)) & jnp.int8(-16)).astype(dtype) * dtype.type(1 / 16)
+            parts = [low, high]
+        if zero is None:
+            return parts
+        zero = zero.astype(dtype)
+        return [part - lax.broadcast_in_dim(zero, part.shape, [0]) for part in parts]
+
+    def product(self, a: Any, b: Any) -> jax.Array:
+        """a [64, tile] @ b [tile, T], waited for; `a` in registers or in shared memory."""
+
+        def run(acc: Any) -> jax.Array:
+            plgpu.wgmma(acc, a, b)
+            return acc[...]
+
+        return pl.run_scoped(run, Accumulator((ROWS, self.width), self.sum_dtype))
