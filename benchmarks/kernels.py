@@ -32,6 +32,7 @@ ACCELERATOR = {
     "prefill": 110,
     "backward": 80,
     "paged_prefill": 60,
+    "quant": 90,
 }
 CPU = {"decode": 120, "memory": 60, "prefill": 120}
 STATIC = {"static": 1800}

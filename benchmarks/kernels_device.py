@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from benchmarks import kernels_peers, roofline
+from benchmarks import kernels_peers, kernels_quant, roofline
 from pallas_kernels import Ops, Ragged, Spec
 
 Row = dict[str, Any]
@@ -351,4 +351,5 @@ SECTIONS: dict[str, Callable[[float, Ceilings], Iterator[Row]]] = {
     "prefill": prefill,
     "backward": backward,
     "paged_prefill": paged_prefill,
+    "quant": partial(kernels_quant.quant, timed=timed, difference=_difference),
 }

@@ -32,8 +32,8 @@ from pallas_kernels.quant_matmul import Format, validate, xla
 MOST_ROWS = 256
 ROWS = 64  # of one warpgroup's wgmma
 MOST_WIDTH = 64  # rows of x in a block: a sum and a product of 32 registers each
-BLOCKS = 264  # two on each of 132 multiprocessors
-BYTES_PER_BLOCK = 100 << 10  # of shared memory, so that two fit
+MULTIPROCESSORS = 132
+SHARED_BYTES = 208 << 10  # of a multiprocessor, with room for what the compiler wants
 MOST_STAGES = 8
 i32 = jnp.int32
 
@@ -81,26 +81,29 @@ def _tile(format: Format, k: int) -> int:
 
 
 def rule(num_rows: int, n: int, k: int, format: Format) -> Config:
-    """Tiles for these shapes: two blocks for each multiprocessor, as far as K can be shared out,
-    and as long a ring as lets both be there."""
+    """Tiles for these shapes: a block for each place on the chip, as far as K can be shared out,
+    and as long a ring as fits there. Up to 32 rows leave registers for two blocks on each
+    multiprocessor."""
     tile = _tile(format, k)
     steps = _lanes(format, k) // tile
     warpgroups = 2 if n % (2 * ROWS) == 0 else 1
     width = _width(num_rows)
     blocks = n // (warpgroups * ROWS) * -(-num_rows // width)
-    most = max(1, BLOCKS // blocks)
+    places = 2 if width <= 32 else 1
+    most = max(1, places * MULTIPROCESSORS // blocks)
     splits = max(x for x in range(1, min(most, steps) + 1) if steps % x == 0)
     parts = 2 if format.dtype == "int4" else 1
     itemsize = 2 if format.activations == "float" else 1
     stage = tile * (warpgroups * ROWS + parts * width * itemsize)
-    return Config(warpgroups, tile, min(MOST_STAGES, BYTES_PER_BLOCK // stage), splits)
+    ring = SHARED_BYTES // places - warpgroups * ROWS * width * 4
+    return Config(warpgroups, tile, min(MOST_STAGES, ring // stage), splits)
 
 
 def _width(num_rows: int) -> int:
     return min(MOST_WIDTH, -(-num_rows // 8) * 8)
 
 
-@jax.named_scope("quant_mosaic_gpu")
+@jax.named_scope("quant_matmul")
 def quant_matmul(
     x: jax.Array,  # [T, K]
     data: jax.Array,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import kernels, kernels_device, report, roofline
+from benchmarks import kernels, kernels_device, kernels_quant, report, roofline
 
 
 def test_flops_count_the_visible_pairs():
@@ -81,7 +81,9 @@ def test_unknown_sections_are_refused(capsys):
     assert "unknown: nothing; there are static" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("section", ["check", "decode", "prefill", "backward", "paged_prefill"])
+@pytest.mark.parametrize(
+    "section", ["check", "decode", "prefill", "backward", "paged_prefill", "quant"]
+)
 def test_a_section_runs_here_with_small_shapes(section, monkeypatch):
     """What cannot run on a CPU says so in its note; ours all run, and the deadline is kept."""
     small = {
@@ -96,6 +98,11 @@ def test_a_section_runs_here_with_small_shapes(section, monkeypatch):
     }
     for name, value in small.items():
         monkeypatch.setattr(kernels_device, name, value)
+    monkeypatch.setattr(kernels_quant, "CHECKED", (64, 256))
+    monkeypatch.setattr(kernels_quant, "ROWS", (2,))
+    monkeypatch.setattr(kernels_quant, "COPY_BYTES", 1)
+    monkeypatch.setitem(kernels_quant.aot_quant.WEIGHTS, "down", (64, 256))
+    monkeypatch.setattr(kernels_quant, "WEIGHTS", ("down",))
     quick = partial(roofline.seconds_per_call, target=1e-9, repeats=1)
     monkeypatch.setattr(kernels_device.roofline, "seconds_per_call", quick)
     at = {"matmul_flops": 1e12, "copy_bytes": 1e9}

@@ -165,9 +165,9 @@ def _with(change: Any) -> Any:
     return {"_call": call}
 
 
-def _swap_last_tiles(x: jax.Array) -> jax.Array:
-    """Rows [32, 64) of x are those of [0, 32)."""
-    return x.at[:, 32:64].set(x[:, :32])
+def _first_tile_again(x: jax.Array) -> jax.Array:
+    """Rows from 32 on are those from 0 on."""
+    return x.at[:, 32:].set(x[:, : x.shape[1] - 32])
 
 
 # name -> formats that must notice it, what replaces names of the module
@@ -195,7 +195,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     ),
     "the second tile of rows is the first": (
         ("w8a8", "int4_zeros_32"),
-        _with({"x": _swap_last_tiles}),
+        _with({"x": _first_tile_again}),
     ),
     "the offset of int4 forgotten": (
         ("int4", "int4_zeros_32"),
