@@ -62,7 +62,7 @@ def weight_of(key: jax.Array, format: Format | None, n: int, k: int) -> Weight:
     keys = jax.random.split(key, 3)
     if format is None:
         return (jax.random.normal(keys[0], (n, k), jnp.bfloat16),)
-    shapes = format.shapes(n, k)
+    shapes: dict[str, Any] = format.shapes(n, k)
     stored, grouped, points = shapes["data"], shapes["scales"], shapes["zeros"]
     bits = jax.random.bits(keys[0], stored.shape, jnp.uint8)
     data = jax.lax.bitcast_convert_type(bits, jnp.int8)

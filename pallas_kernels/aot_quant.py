@@ -37,6 +37,7 @@ OTHERS = (
     (Format("int4", group_size=32), 4096, 4096, 8, "bfloat16"),
     (Format("int4", group_size=32, zero_points=True), 4096, 4096, 512, "bfloat16"),
     (Format("int4", group_size=64), 1536, 576, 8, "bfloat16"),
+    (Format("int4", group_size=64), 64, 576, 8, "bfloat16"),
     (Format("int4"), 576, 1536, 8, "bfloat16"),
     (Format("float8_e4m3fn"), 1536, 576, 8, "bfloat16"),
     (Format("float8_e4m3fn", group_size=128), 4096, 4096, 64, "bfloat16"),

@@ -170,7 +170,7 @@ def quant_matmul(
     x = jnp.pad(x, ((0, rows - num_rows), (0, 0)))
     span = _span(format)
     block_k = _block_k(lanes, span, config.block_k)
-    block = (min(config.block_t, rows), min(config.block_n, n), block_k)
+    block = (min(config.block_t, rows), min(config.block_n, -(-n // LANES) * LANES), block_k)
     arrays = {"x": _parts(x, format), "data": data}
     if format.group_size is None:
         arrays["scales"] = scales[None, :]
@@ -290,18 +290,22 @@ def _dot(x: jax.Array, w: jax.Array, axis: int = 1) -> jax.Array:
     return lax.dot_general(x, w, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _values(plan: _Plan, data: jax.Array) -> list[jax.Array]:
-    """The weight's values, unscaled, in the dtype of the products; for int4 in two parts."""
-    if plan.format.dtype == "int4":
-        return [part.astype(plan.dtype) for part in _float32_parts(plan, data)]
-    return [data.astype(plan.dtype)]
+def _stored(plan: _Plan, data: jax.Array) -> list[jax.Array]:
+    """The weight's values as int8 or fp8, for int4 in two parts.
 
-
-def _float32_parts(plan: _Plan, data: jax.Array) -> list[jax.Array]:
-    """The same in float32, in which 8 is taken off the halves of int4: Mosaic has no int8 to."""
+    Mosaic has no arithmetic on int8: four bytes at a time, without a carry between them,
+    (u + 120) ^ 128 is u - 8 in two's complement for u in [0, 16)."""
     if plan.format.dtype != "int4":
-        return [data.astype(jnp.float32)]
-    return [half.astype(jnp.float32) - 8.0 for half in (data & np.uint8(15), data >> np.uint8(4))]
+        return [data]
+    words = pltpu.bitcast(data, jnp.uint32)
+    halves = [x & np.uint32(0x0F0F0F0F) for x in (words, words >> np.uint32(4))]
+    halves = [(x + np.uint32(0x78787878)) ^ np.uint32(0x80808080) for x in halves]
+    return [pltpu.bitcast(x, jnp.int8) for x in halves]
+
+
+def _values(plan: _Plan, data: jax.Array) -> list[jax.Array]:
+    """The same in the dtype of the products, which holds each exactly."""
+    return [part.astype(plan.dtype) for part in _stored(plan, data)]
 
 
 def _int8_sums(plan: _Plan, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -343,7 +347,7 @@ def _add_scaled_weights(plan: _Plan, ref: Mapping[str, Any], scales: jax.Array) 
         scale = jnp.broadcast_to(scales[:, groups.start : groups.start + 1], data.shape)
         for group in groups[1:]:
             scale = jnp.where(lane < group * plan.span, scale, scales[:, group : group + 1])
-        for i, part in enumerate(_float32_parts(plan, data)):
-            weight = (part * scale).astype(plan.dtype)
+        for i, part in enumerate(_stored(plan, data)):
+            weight = (part.astype(jnp.float32) * scale).astype(plan.dtype)
             total = total + _dot(ref["x"][i, :, piece], weight)
     ref["acc"][...] = total

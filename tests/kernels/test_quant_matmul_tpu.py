@@ -152,7 +152,7 @@ def test_tiles_that_cannot_be_are_named(field: str):
 
 # -- faults
 
-_call, _dot, _turn, _float32_parts = tpu._call, tpu._dot, tpu._turn, tpu._float32_parts
+_call, _dot, _turn, _stored = tpu._call, tpu._dot, tpu._turn, tpu._stored
 
 
 def _with(change: Any) -> Any:
@@ -178,7 +178,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     ),
     "halves of a byte swapped": (
         ("int4", "int4_32", "int4_zeros_32"),
-        {"_float32_parts": lambda plan, data: _float32_parts(plan, data)[::-1]},
+        {"_stored": lambda plan, data: _stored(plan, data)[::-1]},
     ),
     "zero points ignored": (
         ("int8_zeros", "int4_zeros_32"),
@@ -199,7 +199,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     ),
     "the offset of int4 forgotten": (
         ("int4", "int4_zeros_32"),
-        {"_float32_parts": lambda plan, data: [x + 8 for x in _float32_parts(plan, data)]},
+        {"_stored": lambda plan, data: [x + np.int8(8) for x in _stored(plan, data)]},
     ),
 }
 
