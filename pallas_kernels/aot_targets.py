@@ -222,7 +222,7 @@ def compile_program(program: Program, chip: Chip, log_path: Path | None = None) 
         problems = pool_problems(text, kept, memory["alias"])
     if program.tuned and program.tuned.id not in lookups.asked:
         problems.append(f"its tuned entry is never looked up, but {sorted(set(lookups.asked))} are")
-    if "mosaic_gpu" in text and "registers" not in report:
+    if 'custom_call_target="mosaic_gpu' in text and "registers" not in report:
         problems.append("the GPU compiler said nothing about the kernel's registers")
     if report.get("spills"):
         where = ", ".join(spilling(log[0]))
