@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import aot, aot_cases, aot_targets, tpu_static
+from pallas_kernels import aot, aot_cases, aot_quant, aot_targets, tpu_static
 from pallas_kernels.aot_targets import CHIPS, Program
 
 POOL = jax.ShapeDtypeStruct((601, 16, 2, 64), jnp.float32)
@@ -138,6 +138,23 @@ def test_the_tpus_together_have_every_head_shape_in_every_stage():
     for stage in ("forward", "backward", "decode", "prefill"):
         for heads in aot_cases.HEADS:
             assert any(f".{stage}/{heads}" in name for name in names), (stage, heads)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_quantised_format_meets_every_number_of_rows(chip):
+    kernel = "mosaic_gpu" if CHIPS[chip].platform == "gpu" else "tpu"
+    names = [n for n in aot.programs_for(chip) if n.startswith(f"{kernel}/quant_matmul/")]
+    for label in aot_quant.FORMATS:
+        for rows in aot_quant.ROWS:
+            assert any(n.endswith(f"/{label}/{rows} rows") for n in names), (label, rows)
+
+
+def test_the_tpus_together_have_every_format_with_every_weight():
+    tpus = [chip for chip in CHIPS if CHIPS[chip].platform == "tpu"]
+    names = [name for chip in tpus for name in aot.programs_for(chip)]
+    for label in aot_quant.FORMATS:
+        for weight in aot_quant.WEIGHTS:
+            assert any(n.startswith(f"tpu/quant_matmul/{weight}/{label}/") for n in names)
 
 
 def test_what_is_refused_is_a_row_with_its_reason(capsys):
