@@ -14,7 +14,7 @@ are taken off the weights, exactly. K is split over blocks where outputs are too
 Above MOST_ROWS each weight is used often enough to pay for a float copy of it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common import Target, check_positive, quantise
 from pallas_kernels.mosaic_gpu import Accumulator, load, missing
 from pallas_kernels.paged_attention.mosaic_gpu_tiles import compiler_params, swizzled
-from pallas_kernels.quant_matmul import Format, validate, xla
+from pallas_kernels.quant_matmul import Format, digits, validate, xla
 
 MOST_ROWS = 256
 ROWS = 64  # of one warpgroup's wgmma
@@ -116,17 +116,22 @@ def quant_matmul(
 ) -> jax.Array:  # float32 [T, N]
     """See `pallas_kernels.quant_matmul` for the contract. `config` overrides the tiles."""
     validate(x, data, scales, zeros, format)
-    (num_rows, k), n = x.shape, len(data)
+    k, n = x.shape[1], len(data)
     why_not = unsupported(format, n, k, x.dtype, target)
     if why_not:
         raise ValueError(why_not)
+    has_digits = format.activations == "int16"
+    num_rows = len(x) * (2 if has_digits else 1)
     if num_rows > MOST_ROWS:
         return xla.quant_matmul(x, data, scales, zeros, format=format, target=target)
+    rows, row_scales = x, None
+    if has_digits:
+        rows, row_scales = digits(x)
+        rows, format = rows.reshape(num_rows, k), replace(format, activations="int8")
+    elif format.activations != "float":
+        rows, row_scales = quantise(x, format.activations)
     config = config or rule(num_rows, n, k, format)
     width = _width(num_rows)
-    rows, row_scales = x, None
-    if format.activations != "float":
-        rows, row_scales = quantise(x, format.activations)
     rows = jnp.pad(rows, ((0, -num_rows % width), (0, 0)))
     # [parts, T, lanes]: for int4 the elements of low and of high halves.
     parts = rows[None]
@@ -144,6 +149,8 @@ def quant_matmul(
     if format.group_size is not None:
         return sums
     sums = sums.astype(jnp.float32)
+    if has_digits:
+        sums = 256.0 * sums[: len(x)] + sums[len(x) :]
     if row_scales is not None:
         sums = sums * row_scales[:, None]
     return sums * scales[None, :]

@@ -12,10 +12,11 @@ Zero points leave the sum as scale * zero * (sum of the group's x), one small pr
 
 fp8 becomes bfloat16, which holds it, on all chips. int8 with int8 rows is the matrix unit's own
 product; TPU v4 has none, and sums bfloat16 products exactly, 2 ** 24 / 2 ** 14 of them at a time.
+int16 rows are two int8 rows each.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import lcm
 from typing import Any
@@ -28,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import Target, check_positive, quantise
-from pallas_kernels.quant_matmul import Format, validate
+from pallas_kernels.quant_matmul import Format, digits, validate
 
 LANES = 128
 # Rows, with those of the copies, up to which sums are scaled rather than weights.
@@ -152,18 +153,22 @@ def quant_matmul(
 ) -> jax.Array:  # float32 [T, N]
     """See `pallas_kernels.quant_matmul` for the contract. `config` overrides the tiles."""
     validate(x, data, scales, zeros, format)
-    (num_rows, k), (n, lanes) = x.shape, data.shape
+    k, (n, lanes) = x.shape[1], data.shape
     why_not = unsupported(format, n, k, x.dtype, target)
     if why_not:
         raise ValueError(why_not)
-    row_scales = None
-    if format.activations != "float":
+    row_scales, has_digits = None, format.activations == "int16"
+    if has_digits:
+        # The kernel gives the sums of both digits alone.
+        halves, row_scales = digits(x)
+        x, format = halves.reshape(-1, k), replace(format, activations="int8")
+    elif format.activations != "float":
         x, row_scales = quantise(x, format.activations)
-        row_scales = row_scales[:, None]
     if format.activations == "float8_e4m3fn":
         x = x.astype(jnp.bfloat16)
     elif x.dtype == jnp.float16:
         x = x.astype(jnp.float32)
+    num_rows = len(x)
     config = config or rule(num_rows, x.dtype, target)
     # Whole tiles of registers, so that no row of one is undefined.
     rows = -(-num_rows // 32) * 32 if x.dtype == jnp.int8 else -(-num_rows // 16) * 16
@@ -172,11 +177,11 @@ def quant_matmul(
     block_k = _block_k(lanes, span, config.block_k)
     block = (min(config.block_t, rows), min(config.block_n, -(-n // LANES) * LANES), block_k)
     arrays = {"x": _parts(x, format), "data": data}
-    if format.group_size is None:
+    if format.group_size is None and not has_digits:
         arrays["scales"] = scales[None, :]
         if row_scales is not None:
-            arrays["row_scales"] = jnp.pad(row_scales, ((0, rows - num_rows), (0, 0)))
-    else:
+            arrays["row_scales"] = jnp.pad(row_scales, (0, rows - num_rows))[:, None]
+    elif format.group_size is not None:
         arrays["group_scales"] = scales
     if zeros is not None:
         # [tiles of K, T, groups of a tile]
@@ -187,7 +192,11 @@ def quant_matmul(
     names = (*arrays, "out", "acc", *(["turned"] if format.group_size else []))
     names += ("turned_zeros",) if zeros is not None else ()
     plan = _Plan(format, block, span, lanes // block_k, dtype, exact_int8, names)
-    return _call(plan, arrays, target)[:num_rows]
+    out = _call(plan, arrays, target)[:num_rows]
+    if row_scales is None or not has_digits:
+        return out
+    high, low = jnp.split(out, 2)
+    return (256.0 * high + low) * row_scales[:, None] * scales[None, :]
 
 
 def _parts(x: jax.Array, format: Format) -> jax.Array:

@@ -19,7 +19,7 @@ from jaxinfer.quant.arrays import QuantArray
 from jaxinfer.setup_model import quantization_of
 from jaxinfer.weights import open_model
 from tests.engine.test_default_model import GOLDEN, TIE
-from tests.engine.test_invariance import Reference, params, prompts, run
+from tests.engine.test_invariance import Reference, run
 from tests.helpers import greedy, tiny_llm, write_tiny_model
 from tests.quant import gguf_files
 from tests.quant.packers import checkpoint
@@ -29,25 +29,10 @@ CHOSEN = [0, 2, 3, 6, 7, 11, 14, 15]
 """Prompts of the invariance test; 3, 7, 11 and 15 begin like the one before."""
 
 
-class Dequantised(Reference):
-    """Tokens of each prompt alone, with float weights."""
-
-    def __init__(self, folder: Path):
-        self.llm = tiny_llm(
-            folder,
-            max_num_seqs=1,
-            max_num_batched_tokens=128,
-            enable_prefix_caching=False,
-            async_scheduling=False,
-            dequantize=True,
-        )
-        self.tokens = {i: self._run(prompts()[i], params(i)) for i in CHOSEN}
-
-
 def test_tokens_are_the_float_ones_whatever_shares_the_batch(tmp_path: Path):
     """Alone, in a batch, in chunks, from the cache; permuted inputs and zero points, in 4 bits."""
     folder = checkpoint("gptq-4-act-order").write(tmp_path / "m")
-    reference = Dequantised(folder)
+    reference = Reference(folder, dequantize=True)
     assert reference.llm.config.quantization is None
     assert not any(isinstance(a, QuantArray) for a in flatten(reference.llm.params).values())
     with tiny_llm(folder, max_num_batched_tokens=16, num_pages=500, strict=True) as llm:
