@@ -13,12 +13,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from jaxinfer.config import ModelConfig
-from jaxinfer.params import Rule, TensorInfo, by_tensor, expand
+from jaxinfer.params import Rule, TensorInfo, by_tensor
 from jaxinfer.quant.arrays import Kept, QuantArray
 from jaxinfer.quant.config import CheckpointFormat
 from jaxinfer.quant.gguf_blocks import KINDS
 from jaxinfer.quant.packed import PackedWeight, signed
-from jaxinfer.quant.schemes import Formats, format_text
+from jaxinfer.quant.schemes import Formats, by_kind, format_text
 from pallas_kernels.quant_matmul import Format, pack_int4
 
 _ACTIVATIONS: Mapping[tuple[str, int], Literal["int8", "float8_e4m3fn"]] = {
@@ -207,15 +207,8 @@ def describe(
 ) -> str:
     """`heading`, and for every kind of weight which leaves are of it; one line for each kind."""
     used: dict[str, Any] = dict(formats)
-    kinds: dict[str, list[str]] = {}
-    for rule in rules:
-        paths = [each.path for each in expand([rule], config.num_layers)]
-        of_rule = [_kind(used[p]) if p in used else rule.dtype or dtype for p in paths]
-        for kind in dict.fromkeys(of_rule):
-            count = of_rule.count(kind)
-            some = "" if count == len(paths) else f" ({count} of {len(paths)})"
-            kinds.setdefault(kind, []).append(rule.path + some)
-    return "\n".join([heading, *(f"  {kind}: {', '.join(p)}" for kind, p in kinds.items())])
+    kinds = {path: _kind(held) for path, held in used.items()}
+    return "\n".join([heading, *by_kind(kinds, rules, config, dtype)])
 
 
 def _kind(held: Kept) -> str:

@@ -181,14 +181,8 @@ def describe(
 ) -> str:
     """Which weights are quantised, and how, and which stay float; one line for each kind."""
     used = dict(formats)
-    kinds: dict[str, list[str]] = {}
-    for rule in rules:
-        path = rule.path.replace("{l}", "0")
-        format = used.get(path)
-        kind = (rule.dtype or dtype) if format is None else format_text(format)
-        kinds.setdefault(kind, []).append(rule.path)
     lines = [f"quantisation: {name} ({SCHEMES[name].about})"]
-    lines += [f"  {kind}: {', '.join(paths)}" for kind, paths in kinds.items()]
+    lines += by_kind({p: format_text(f) for p, f in used.items()}, rules, config, dtype)
     if is_balanced(name):
         lines.append(
             "  balanced: large channels of what norms give are made smaller, and the rows of q, k, "
@@ -198,6 +192,22 @@ def describe(
         what = "embed, which is the head too," if config.tie_embeddings else "lm_head"
         lines.append(f"  {what} stays float; quantize_lm_head=True quantises it")
     return "\n".join(lines)
+
+
+def by_kind(
+    kinds: Mapping[str, str], rules: Sequence[Rule], config: ModelConfig, dtype: str
+) -> list[str]:
+    """A line for each kind of weight, with the leaves that are of it; `kinds` says it of the
+    quantised ones, by path, all others are of their rule's dtype or `dtype`."""
+    leaves: dict[str, list[str]] = {}
+    for rule in rules:
+        paths = [each.path for each in expand([rule], config.num_layers)]
+        of_rule = [kinds.get(path, rule.dtype or dtype) for path in paths]
+        for kind in dict.fromkeys(of_rule):
+            count = of_rule.count(kind)
+            some = "" if count == len(paths) else f" ({count} of {len(paths)})"
+            leaves.setdefault(kind, []).append(rule.path + some)
+    return [f"  {kind}: {', '.join(found)}" for kind, found in leaves.items()]
 
 
 def format_text(format: Format) -> str:

@@ -130,9 +130,18 @@ def digits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rows x [T, K] as int16 values in two digits each: (int8 [2, T, K], the high ones first;
     float32 scales [T])."""
     values, scales = quantise(x, "int16")
-    values = values.astype(jnp.int32)
-    low = ((values + 128) & 255) - 128
-    return jnp.stack([(values - low) >> 8, low]).astype(jnp.int8), scales
+    return base_256(values.astype(jnp.int32), 2), scales
+
+
+def base_256(values: jax.Array, count: int) -> jax.Array:
+    """Integers int32 [...] in balanced base 256: int8 [count, ...], the highest digit first, which
+    must fit; the others are in [-128, 127]."""
+    found = []
+    for _ in range(count - 1):
+        low = ((values + 128) & 255) - 128
+        found.append(low)
+        values = (values - low) >> 8
+    return jnp.stack([values, *found[::-1]]).astype(jnp.int8)
 
 
 def dequantise(

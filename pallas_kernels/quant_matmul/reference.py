@@ -28,13 +28,14 @@ def quant_matmul(
     validate(x, data, scales, zeros, format)
     if format.activations == "float":
         return _dot(x.astype(jnp.float32), dequantise(data, scales, zeros, format))
-    rows, row_scales = quantise(x, format.activations)
     if format.activations == "int16":
         # Every digit's sum fits int32, that of the values themselves does not.
-        halves, _ = digits(x)
+        halves, row_scales = digits(x)
         high, low = jnp.einsum("dtk,nk->dtn", halves.astype(jnp.int32), data.astype(jnp.int32))
         sums = 256.0 * high.astype(jnp.float32) + low.astype(jnp.float32)
-    elif format.activations == "int8":
+        return sums * row_scales[:, None] * scales[None, :]
+    rows, row_scales = quantise(x, format.activations)
+    if format.activations == "int8":
         sums = jnp.einsum("tk,nk->tn", rows.astype(jnp.int32), data.astype(jnp.int32))
         sums = sums.astype(jnp.float32)
     else:

@@ -1,13 +1,8 @@
 """The Hopper kernels without a Hopper: in the interpreter (`mosaic_gpu_paged_cases`), and what
 around them needs none."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,34 +12,17 @@ from pallas_kernels.common import Spec, Target
 from pallas_kernels.paged_attention import mosaic_gpu
 from pallas_kernels.paged_attention import mosaic_gpu_items as items
 from pallas_kernels.paged_attention.mosaic_gpu_decode import DecodeConfig, num_splits
+from tests.kernels import mosaic_gpu_interpreter
 from tests.kernels.cases import Case, build
 
-ROOT = Path(__file__).parent.parent.parent
 TARGET = Target("gpu", "NVIDIA H200")
 SECONDS = 400  # for all cases: a barrier that nobody arrives at would wait for ever
 
-needs_interpreter = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11),
-    reason=f"jax is {jax.__version__}; the Mosaic GPU interpreter works from 0.11",
-)
 
-
-@needs_interpreter
+@mosaic_gpu_interpreter.needs_interpreter
 @pytest.mark.parametrize("part", ["decoding", "tiles", "bits"])
 def test_the_kernels_in_the_interpreter(part: str):
-    path = "tests/kernels/mosaic_gpu_paged_cases.py"
-    # Of a test that hangs, where each thread stands.
-    options = ["-q", "-o", "faulthandler_timeout=120", "-p", "no:cacheprovider", "-k", part]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PJRT_NPROC": "16", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, path],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    mosaic_gpu_interpreter.check("mosaic_gpu_paged_cases.py", part, SECONDS)
 
 
 def test_items_hold_every_head_and_token_once():
@@ -93,7 +71,7 @@ def test_splits_fill_the_chip(rows: int):
 GOOD = Spec(32, 8, 128, 64, "bfloat16", "bfloat16")
 
 
-@needs_interpreter
+@mosaic_gpu_interpreter.needs_interpreter
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
@@ -113,7 +91,7 @@ def test_what_it_cannot_do_is_named(spec: Spec, reason: str):
     assert other == "device_kind is NVIDIA B200; allowed: Hopper (H100, H200, H800, H20, GH200)"
 
 
-@needs_interpreter
+@mosaic_gpu_interpreter.needs_interpreter
 def test_what_it_cannot_do_raises():
     pages = mosaic_gpu.allocate(3, 8, 2, 16, "float32", target=TARGET)
     row = jnp.zeros(4, jnp.int32)

@@ -1,11 +1,7 @@
 """The Hopper quantised matmul without a Hopper: in the interpreter (`mosaic_gpu_quant_cases`), and
 what around it needs none."""
 
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,36 +12,19 @@ from pallas_kernels import Format, resolve
 from pallas_kernels.common import Target
 from pallas_kernels.quant_matmul import mosaic_gpu, pack_int4, unpack_int4
 from pallas_kernels.quant_matmul.mosaic_gpu import Config
-from tests.kernels import quant_cases
+from tests.kernels import mosaic_gpu_interpreter, quant_cases
 from tests.kernels.quant_cases import FORMATS, FP8, W8A8
 
-ROOT = Path(__file__).parent.parent.parent
 H200 = "NVIDIA H200"
 SECONDS = 400  # for all cases: a barrier that nobody arrives at would wait for ever
 INT4 = Format("int4", group_size=128)
 GROUPS = Format("int8", group_size=32)
 
-needs_interpreter = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11),
-    reason=f"jax is {jax.__version__}; the Mosaic GPU interpreter works from 0.11",
-)
 
-
-@needs_interpreter
+@mosaic_gpu_interpreter.needs_interpreter
 @pytest.mark.parametrize("part", ["int8", "int4", "w8a8", "fp8"])
 def test_the_kernel_in_the_interpreter(part: str):
-    path = "tests/kernels/mosaic_gpu_quant_cases.py"
-    options = ["-q", "-o", "faulthandler_timeout=120", "-p", "no:cacheprovider", "-k", part]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PJRT_NPROC": "16", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, path],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    mosaic_gpu_interpreter.check("mosaic_gpu_quant_cases.py", part, SECONDS)
 
 
 def kernel(format: Format, dtype: str) -> mosaic_gpu._Kernel:
