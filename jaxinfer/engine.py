@@ -274,10 +274,7 @@ class Engine:
             tokens = np.asarray(done.result.tokens).tolist()
         finished = time.perf_counter()
         if self.speculator is not None:
-            # Where drafts were wanted and none came the time is of neither kind of step.
-            in_vain = not done.plan.has_drafts and any(r.max_draft for r in done.plan.rows)
-            is_decode = done.batch.bucket.decode_only and not in_vain
-            if self._last_finished is not None and is_decode:
+            if self._last_finished is not None and done.batch.bucket.decode_only:
                 took = finished - self._last_finished
                 self.speculator.note_step(done.plan, done.stats.num_tokens, took)
             self._last_finished = finished

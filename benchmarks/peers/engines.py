@@ -69,7 +69,7 @@ ENTRIES = {
     for entry in (
         Entry("jaxinfer-float32", "jaxinfer", "float32", "float32"),
         Entry("jaxinfer-bfloat16", "jaxinfer", "bfloat16", "bfloat16"),
-        Entry("jaxinfer-int8", "jaxinfer", "float32", "int8", "int8"),
+        Entry("jaxinfer-int8", "jaxinfer", "bfloat16", "int8", "int8"),
         Entry("vllm-float32", "vllm", "float32", "float32"),
         Entry("vllm-bfloat16", "vllm", "bfloat16", "bfloat16"),
         Entry("llama.cpp-q4_1", "llama.cpp", "q4_1", "int8"),

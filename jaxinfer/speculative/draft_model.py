@@ -56,6 +56,7 @@ class DraftModelProposer:
     """
 
     def __init__(self, device: Device, generations: Seq[int], page_size: int):
+        self.caught_up = 0
         self._device = device
         self._generations = generations
         self._page_size = page_size
@@ -89,6 +90,7 @@ class DraftModelProposer:
                 budget -= count
             if start + count == last:
                 ready.append((i, replace(row, start=last, draft=())))
+        self.caught_up = sum(row.num_new for row in behind)
         if behind:
             self._device.fill(behind)
             for row in behind:

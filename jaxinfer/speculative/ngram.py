@@ -33,6 +33,7 @@ class NgramProposer:
     def __init__(self, shortest: int, longest: int):
         self.shortest = shortest
         self.longest = longest
+        self.caught_up = 0
         self._indexes: dict[Sequence, _Index] = {}
 
     def available(self, sequence: Sequence, most: int) -> int:

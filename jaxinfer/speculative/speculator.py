@@ -21,10 +21,13 @@ _SAMPLES = 9
 _FIRST = 2
 """Plain steps that are measured before the first draft of a batch of their size."""
 _STALE = 256
-"""Steps after which a cost that was not measured again is forgotten, so that it is tried again."""
+"""Steps after which a cost that was not measured again is forgotten, so that it is tried again;
+twice as many after each such trial, so that trials of what never pays cost less and less."""
+_LONGEST_STALE = 2**13
+"""What that grows to."""
 _TRIES = 4
-"""Steps of a kind that are made before their cost is believed: the first run of a program is slow,
-and one step may be held up by anything."""
+"""Steps of a kind that are made before their cost is believed for the first time: the first run of
+a program is slow, and one step may be held up by anything. Later one is enough."""
 _MARGIN = 1.03
 """Tokens a second with a draft over those without, from which on it is made."""
 _PRIOR = (1.5, 2.0)
@@ -43,11 +46,17 @@ class StepCosts:
         self._seconds: dict[tuple[int, int], deque[float]] = {}
         self._newest: dict[tuple[int, int], int] = {}
         self._medians: dict[tuple[int, int], float] = {}
+        self._lasting: dict[tuple[int, int], int] = {}
         self._num_steps = 0
 
     def add(self, key: tuple[int, int], seconds: float) -> None:
-        if not self.count(key):
+        count = self.count(key)
+        if not count:
+            is_trial = key in self._seconds
+            self._lasting[key] = min(2 * self._lasting[key], _LONGEST_STALE) if is_trial else _STALE
             self._seconds[key] = deque(maxlen=_SAMPLES)
+        elif count == _SAMPLES:  # more than a trial
+            self._lasting[key] = _STALE
         self._num_steps += 1
         self._newest[key] = self._num_steps
         self._seconds[key].append(seconds)
@@ -55,12 +64,15 @@ class StepCosts:
 
     def count(self, key: tuple[int, int]) -> int:
         """Steps of this kind that are remembered."""
-        if self._num_steps - self._newest.get(key, -_STALE) >= _STALE:
+        if key not in self._newest or self._num_steps - self._newest[key] >= self._lasting[key]:
             return 0
         return len(self._seconds[key])
 
     def seconds(self, key: tuple[int, int], least: int = 1) -> float | None:
-        """Their median; None where fewer than `least` are remembered."""
+        """Their median; None where fewer than `least` are remembered, or, if they were forgotten
+        before, none."""
+        if key in self._seconds and self._lasting[key] > _STALE:
+            least = 1
         return self._medians[key] if self.count(key) >= least else None
 
     def table(self) -> dict[tuple[int, int], float]:
@@ -90,6 +102,7 @@ class Speculator:
         self._buckets = tuple(lane_buckets)
         self._vocab_size = vocab_size
         self._evidence: dict[Sequence, tuple[float, float]] = {}
+        self._caught_up: StepPlan | None = None
 
     # -- how many ---------------------------------------------------------------------------------
 
@@ -137,13 +150,14 @@ class Speculator:
         num_wanted = sum(available)
         if not num_wanted:
             return none
-        best, best_rate = none, num_rows / plain * _MARGIN
+        best, best_rate, cost = none, num_rows / plain * _MARGIN, plain
         rates = [self._acceptance(sequence) for sequence in sequences]
         for bucket in self._buckets:
             if bucket <= num_rows:
                 continue
             lengths, tokens = _fill(available, rates, bucket - num_rows)
-            rate = tokens / self._cost(bucket, base, plain)
+            cost = self._cost(bucket, base, cost)
+            rate = tokens / cost
             if rate > best_rate:
                 best, best_rate = lengths, rate
             if num_rows + num_wanted <= bucket:
@@ -155,10 +169,11 @@ class Speculator:
         room = sequence.request.max_tokens - (sequence.num_generated - num_planned) - 1
         return self.proposer.available(sequence, min(most, room)) if room > 0 else 0
 
-    def _cost(self, bucket: int, base: int, plain: float) -> float:
-        """Measured; before that, what a plain step of as many rows takes, or one of these."""
+    def _cost(self, bucket: int, base: int, smaller: float) -> float:
+        """Measured; before that, what a plain step of as many rows takes, or one of the next
+        smaller bucket."""
         measured = self.costs.seconds((bucket, base), _TRIES)
-        return measured or self.costs.seconds((bucket, 0)) or plain
+        return measured or max(self.costs.seconds((bucket, 0)) or 0.0, smaller)
 
     def _bucket(self, num_rows: int) -> int:
         return next(bucket for bucket in self._buckets if num_rows <= bucket)
@@ -172,6 +187,7 @@ class Speculator:
     def propose(self, plan: StepPlan) -> list[list[int]]:
         """The drafts of a plan's rows; what is no token id ends a draft."""
         drafts = self.proposer.propose(plan.rows)[: len(plan.rows)]
+        self._caught_up = plan if self.proposer.caught_up else None
         return [self._ids(draft) for draft in drafts] + [[]] * (len(plan.rows) - len(drafts))
 
     def _ids(self, draft: Seq[int]) -> list[int]:
@@ -216,7 +232,14 @@ class Speculator:
         return numbers
 
     def note_step(self, plan: StepPlan, num_lanes: int, seconds: float) -> None:
-        """A decode step took so long, from the end of the step before to its own."""
+        """A decode step took so long, from the end of the step before to its own.
+
+        Where drafts were wanted and none came, or the proposer had first to read what was decoded
+        without it, that is no measure of either kind of step.
+        """
+        in_vain = not plan.has_drafts and any(row.max_draft for row in plan.rows)
+        if in_vain or plan is self._caught_up:
+            return
         base = self._bucket(len(plan.rows))
         self.costs.add((self._bucket(num_lanes), base if plan.has_drafts else 0), seconds)
 

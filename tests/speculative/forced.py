@@ -47,6 +47,7 @@ class Proposer:
     """Drafts what a function of the row says."""
 
     def __init__(self, draft: Callable[[Row], list[int]], num_lists: int | None = None):
+        self.caught_up = 0
         self.draft = draft
         self.num_lists = num_lists
 

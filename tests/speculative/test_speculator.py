@@ -19,6 +19,7 @@ class FakeProposer:
     def __init__(self, can: int = 100, drafts: list[list[int]] | None = None):
         self.can = can
         self.drafts = drafts
+        self.caught_up = 0
         self.forgotten: list[Sequence] = []
 
     def available(self, sequence, most):
@@ -105,6 +106,28 @@ def test_an_old_cost_is_forgotten_and_measured_anew():
     assert costs.table() == {(1, 0): 1.0}
     costs.add((8, 1), 4.0)
     assert costs.seconds((8, 1)) == 4.0 and costs.count((8, 1)) == 1  # the nines are gone
+    assert costs.seconds((8, 1), module._TRIES) == 4.0  # and one is believed
+
+
+def test_trials_of_what_does_not_pay_become_rare():
+    costs = StepCosts()
+    tried = [0]
+    for step in range(40 * module._LONGEST_STALE // module._STALE):
+        if costs.seconds((8, 1)) is None:
+            costs.add((8, 1), 9.0)
+            tried.append(step)
+        for _ in range(module._STALE // 8):
+            costs.add((1, 0), 1.0)
+    waits = [(b - a) // 8 for a, b in zip(tried[1:], tried[2:], strict=False)]
+    longest = module._LONGEST_STALE // module._STALE
+    assert waits[: longest.bit_length()] == [2**i for i in range(longest.bit_length())]
+    assert set(waits[longest.bit_length() :]) == {longest}
+    for _ in range(module._SAMPLES + 1):  # it pays now
+        costs.add((8, 1), 0.5)
+    for _ in range(module._STALE):
+        assert costs.seconds((8, 1)) == 0.5
+        costs.add((1, 0), 1.0)
+    assert costs.seconds((8, 1)) is None
 
 
 # -- how many --------------------------------------------------------------------------
@@ -337,6 +360,28 @@ def test_steps_are_noted_by_lanes_and_by_rows_that_draft():
     made.note_step(plan_of(some, (1,) * 7), 10, 2.0)
     made.note_step(plan_of(some[:1]), 1, 3.0)
     assert made.costs.table() == {(8, 0): 1.0, (16, 8): 2.0, (1, 0): 3.0}
+
+
+def test_a_step_is_not_noted_that_had_to_catch_up_or_drafted_in_vain():
+    proposer = FakeProposer()
+    made = make(proposer=proposer)
+    plan = plan_of(sequences(1), (1, 1))
+    proposer.caught_up = 7
+    made.propose(plan)
+    made.note_step(plan, 3, 9.0)
+    assert made.costs.table() == {}
+    proposer.caught_up = 0
+    made.propose(plan)
+    made.note_step(plan, 3, 2.0)
+    plan.rows[0].draft = ()
+    made.note_step(plan, 1, 9.0)
+    assert made.costs.table() == {(8, 1): 2.0}
+
+
+def test_a_larger_draft_is_not_taken_to_be_cheaper():
+    """The draft of 1 is known to cost 6 plain steps; of 4 more are unknown, but not cheaper."""
+    made = measured({(1, 0): 1.0, (8, 1): 6.0}, num_tokens=12)
+    assert made.lengths(sequences(1)) == [0]
 
 
 def test_what_ended_is_forgotten():
