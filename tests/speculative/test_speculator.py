@@ -1,6 +1,8 @@
 """How many tokens are drafted: step costs, expected tokens a second, evidence. No device, no clock:
 costs are told."""
 
+from itertools import pairwise
+
 import pytest
 
 from jaxinfer.request import Request, Row, Sequence, SpeculationStats, StepPlan
@@ -111,14 +113,14 @@ def test_an_old_cost_is_forgotten_and_measured_anew():
 
 def test_trials_of_what_does_not_pay_become_rare():
     costs = StepCosts()
-    tried = [0]
+    tried: list[int] = []
     for step in range(40 * module._LONGEST_STALE // module._STALE):
         if costs.seconds((8, 1)) is None:
             costs.add((8, 1), 9.0)
             tried.append(step)
         for _ in range(module._STALE // 8):
             costs.add((1, 0), 1.0)
-    waits = [(b - a) // 8 for a, b in zip(tried[1:], tried[2:], strict=False)]
+    waits = [(b - a) // 8 for a, b in pairwise(tried)]
     longest = module._LONGEST_STALE // module._STALE
     assert waits[: longest.bit_length()] == [2**i for i in range(longest.bit_length())]
     assert set(waits[longest.bit_length() :]) == {longest}
