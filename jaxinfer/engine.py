@@ -1,7 +1,8 @@
 """The engine's loop: plan, build, step, commit, with one step in flight. Host and device meet here.
 
-Engine owns the scheduler, the runner and the state of every request; it serves any number of
-callers in one thread. `LLM` (llm.py) is the user's face of it.
+Engine owns the scheduler, the runner and the steps in flight, and serves any number of callers in
+one thread. The requests and what they have produced are in its outbox (outbox.py). `LLM` (llm.py)
+is the user's face of it.
 """
 
 import time
@@ -19,7 +20,8 @@ from jaxinfer.bias import BiasRows
 from jaxinfer.errors import EngineDeadError, InvalidRequestError, JaxInferError
 from jaxinfer.intake import Intake, check_id
 from jaxinfer.metrics import Metrics, StepStats
-from jaxinfer.outputs import LogprobReader, RequestState
+from jaxinfer.outbox import Outbox
+from jaxinfer.outputs import LogprobReader
 from jaxinfer.request import Request, RequestOutput, Sequence, StepPlan
 from jaxinfer.runner import Runner
 from jaxinfer.sampling_params import RequestOutputKind
@@ -65,17 +67,16 @@ class Engine:
         self.runner = runner
         self.runners = [runner]
         """That of a draft model too, where there is one: they compile, warm up and close alike."""
-        self.tokenizer = tokenizer
         self.intake = intake
         self.metrics = Metrics()
+        self._outbox = Outbox(tokenizer, self.metrics, clock)
+        self._tokenizer = tokenizer
         self._builder = builder
         self._bias = bias
         self._depth = 2 if overlap else 1
         self.speculator = speculator
         self._clock = clock
         self._in_flight: deque[_InFlight] = deque()
-        self._states: dict[str, RequestState] = {}
-        self._changed: dict[str, None] = {}
         self._next_id = 0
         self._dead: BaseException | None = None
         self._admitted = False
@@ -107,7 +108,7 @@ class Engine:
             request_id = str(self._next_id)
             self._next_id += 1
         check_id(request_id)
-        if request_id in self._states:
+        if request_id in self._outbox:
             raise InvalidRequestError(
                 f"request_id {request_id!r:.100} is in use; ids must be unique", param="request_id"
             )
@@ -127,13 +128,10 @@ class Engine:
                 value=priority,
             )
         self.scheduler.add(request)
-        if not self._states:
+        if not self._outbox.has_requests:
             with span("wake"):  # until now the device had nothing to do
                 pass
-        self._states[request_id] = RequestState(
-            request, self.tokenizer, kind or request.params.output_kind
-        )
-        self.metrics.prompt_tokens += len(request.prompt_token_ids)
+        self._outbox.open(request, kind or request.params.output_kind)
         return request
 
     def abort(self, request_id: str) -> bool:
@@ -144,12 +142,12 @@ class Engine:
         self.check_alive()
         if not self.scheduler.abort(request_id):
             return False
-        self._changed[request_id] = None
+        self._outbox.note(request_id)
         return True
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.has_work or self._in_flight or self._changed)
+        return bool(self.scheduler.has_work or self._in_flight or self._outbox.has_news)
 
     # -- the loop ---------------------------------------------------------------------------------
 
@@ -168,7 +166,9 @@ class Engine:
             if len(self._in_flight) >= self._depth or (self._in_flight and not dispatched):
                 self._collect(self._in_flight.popleft())
             outputs = self._take_outputs()
-            if not self._states:  # what is still in flight is of requests that have ended
+            if (
+                not self._outbox.has_requests
+            ):  # what is still in flight is of requests that have ended
                 outputs += self._collect_all()
                 self._last_finished = None
         return outputs
@@ -259,14 +259,14 @@ class Engine:
         for row in plan.rows:
             request_id = row.sequence.request.request_id
             if self.scheduler.abort(request_id):
-                self._changed[request_id] = None
+                self._outbox.note(request_id)
         self.scheduler.commit(plan, [0] * len(plan.rows))
         self._bias.reset()  # rows that were to be uploaded were not
 
     def _note_ended(self) -> None:
         """Requests that the scheduler failed have an output to hand out."""
         for request in self.scheduler.take_failed():
-            self._changed[request.request_id] = None
+            self._outbox.note(request.request_id)
 
     def _collect(self, done: _InFlight) -> None:
         begun = time.perf_counter()
@@ -286,12 +286,11 @@ class Engine:
 
     def _commit(self, done: _InFlight, tokens: list[int]) -> None:
         """Give every sequence of a finished step its token."""
-        reader = LogprobReader(done.result, self.tokenizer)
+        reader = LogprobReader(done.result, self._tokenizer)
         rows = done.plan.rows
         for row, lane in zip(rows, done.first_lane, strict=True):
-            state = self._states.get(row.sequence.request.request_id)
-            if state is not None and state.prompt_logprobs is not None and row.num_new:
-                state.add_prompt_logprobs(row, done.batch.offsets[lane], reader)
+            if row.sequence.request.params.prompt_logprobs is not None and row.num_new:
+                self._outbox.add_prompt_logprobs(row, done.batch.offsets[lane], reader)
         accepted = self._verify(done, tokens)
         drawn: dict[Sequence, list[int]] = {}
         firsts = [tokens[lane] for lane in done.first_lane]
@@ -304,9 +303,8 @@ class Engine:
                 if self.speculator is not None and row.draft:
                     self.speculator.count(row, 1 + len(accepted[i]), num_used)
         for row in rows:  # those that ended without a token: cache_only, errors
-            request = row.sequence.request
-            if row.sequence.is_finished and request.request_id in self._states:
-                self._changed[request.request_id] = None
+            if row.sequence.is_finished:
+                self._outbox.note(row.sequence.request.request_id)
         self._note_ended()
 
     def _verify(self, done: _InFlight, tokens: list[int]) -> dict[int, list[int]]:
@@ -325,13 +323,7 @@ class Engine:
     ) -> int:
         """Hand a sequence's new tokens, the first drawn by `lane`, to its output, which may end it
         with a stop string; how many were taken."""
-        request = sequence.request
-        state = self._states.get(request.request_id)
-        if state is None:
-            return 0
-        self._changed[request.request_id] = None
-        count, stop = state.add_tokens(sequence, tokens, lane, reader)
-        self.metrics.note_tokens(request, count, now)
+        count, stop = self._outbox.add_tokens(sequence, tokens, lane, reader, now)
         if stop is not None and sequence.is_finished:  # by a token after it, or by the same
             sequence.finish_reason, sequence.stop_reason = "stop", stop
         elif stop is not None:
@@ -339,35 +331,18 @@ class Engine:
         return count
 
     def _take_outputs(self) -> list[RequestOutput]:
-        changed, self._changed = self._changed, {}
-        outputs = []
-        for request_id in changed:
-            state = self._states.get(request_id)
-            if state is None:
-                continue
-            if state.request.is_finished:
-                self._retire(state)
-            output = state.output()
-            if output is not None:
-                outputs.append(output)
-        return outputs
-
-    def _retire(self, state: RequestState) -> None:
-        request = state.request
-        request.metrics.finished_time = self._clock()
-        del self._states[request.request_id]
-        self.metrics.forget(request)
-        for sequence in request.sequences:
+        outputs, ended = self._outbox.take()
+        for sequence in (s for request in ended for s in request.sequences):
             self._builder.forget(sequence)
             if self.speculator is not None:
                 self.speculator.forget(sequence)
-            self.metrics.finished(sequence.finish_reason or "error")
+        return outputs
 
     # -- ending -----------------------------------------------------------------------------------
 
     def abort_all(self) -> None:
         """Abort every request and wait for the device, so that all pages are back."""
-        for request_id in list(self._states):
+        for request_id in self._outbox.request_ids:
             self.abort(request_id)
         self.settle()
 
@@ -403,8 +378,7 @@ class Engine:
         for waiting in self._in_flight:
             jax.block_until_ready(waiting.result)
         self._in_flight.clear()
-        self._states.clear()
-        self._changed.clear()
+        self._outbox.clear()
         for runner in self.runners:
             runner.close()
         self._dead = _Closed("it was closed")

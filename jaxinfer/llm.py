@@ -1,23 +1,24 @@
-"""LLM: the class that users call. Argument and output names are vLLM's."""
+"""LLM: the class that users call. Argument and output names are vLLM's.
+
+It holds the contracts; how a call drives the engine is in calls.py.
+"""
 
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
 
 from jaxinfer import setup
+from jaxinfer.calls import Calls
 from jaxinfer.config import EngineConfig
-from jaxinfer.errors import ConfigError, InvalidRequestError, JaxInferError
-from jaxinfer.intake import per_prompt, split_prompts
-from jaxinfer.interrupts import deferred_interrupt
+from jaxinfer.errors import ConfigError, InvalidRequestError
+from jaxinfer.intake import split_prompts
 from jaxinfer.mailbox import Mailbox
-from jaxinfer.outputs import failed_output
 from jaxinfer.profiling import timeline
-from jaxinfer.request import Request, RequestOutput
+from jaxinfer.request import RequestOutput
 from jaxinfer.runner import COMPILES
-from jaxinfer.sampling_params import RequestOutputKind, SamplingParams, check_bool, check_float
+from jaxinfer.sampling_params import SamplingParams, check_bool, check_float
 from jaxinfer.tokenizer import Tokenizer
 
 
@@ -35,13 +36,12 @@ class LLM:
             compiled, or loaded from the compile cache, while the weights load. Nothing is
             generated.
         **options: the fields of EngineConfig, with vLLM's names: dtype, max_model_len,
-        max_num_seqs,
-            max_num_batched_tokens, page_size, num_pages, kv_cache_memory_bytes,
+            max_num_seqs, max_num_batched_tokens, page_size, num_pages, kv_cache_memory_bytes,
             gpu_memory_utilization, enable_prefix_caching, scheduling_policy, seed, strict, ...
 
     Raises:
-        ConfigError, ModelFormatError, TokenizerError, CapacityError: ValueErrors that say what to
-        do.
+        ConfigError, ModelFormatError, TokenizerError, CapacityError: ValueErrors that say what
+            to do.
 
     `llm.config` is the effective configuration, `llm.memory_plan` where the memory goes. Not
     thread-safe.
@@ -68,8 +68,8 @@ class LLM:
         self._tokenizer = parts.tokenizer
         self._verbose = setup.is_verbose(config)
         self._mail = Mailbox(parts.engine)
+        self._calls = Calls(parts.engine, self._mail, parts.config.max_num_waiting)
         self._queued: set[str] = set()
-        self._num_ids = 0
 
     # -- generating -------------------------------------------------------------------------------
 
@@ -92,10 +92,11 @@ class LLM:
 
         Raises:
             InvalidRequestError: the one prompt cannot be served. In a list, a bad prompt fails
-            alone:
-                its RequestOutput has `error` set and finish_reason "error".
+                alone: its RequestOutput has `error` set and finish_reason "error".
         """
-        return self._generate(prompts, sampling_params, use_tqdm, priority, special=True)
+        return self._calls.generate(
+            prompts, sampling_params, priority, special=True, show=self._shows(use_tqdm)
+        )
 
     def chat(
         self,
@@ -116,7 +117,7 @@ class LLM:
 
         Raises:
             InvalidRequestError: as `generate`; or the messages are malformed, or there is no
-            template.
+                template.
         """
         if not isinstance(messages, (list, tuple)) or not messages:
             raise InvalidRequestError(
@@ -144,7 +145,9 @@ class LLM:
                     raise
                 prompts.append(error)
         chosen = prompts[0] if single else prompts
-        return self._generate(chosen, sampling_params, use_tqdm, None, special=False)
+        return self._calls.generate(
+            chosen, sampling_params, None, special=False, show=self._shows(use_tqdm)
+        )
 
     def chat_prompt(
         self, messages: list, *, cache_salt: str | None = None, **template_options: Any
@@ -170,40 +173,7 @@ class LLM:
         prefixed with "stream-<n>-". Closing the iterator aborts what is not finished. As in
         `generate`, a bad prompt in a list fails alone, with `error` set; a single one raises.
         """
-        prompts, _ = split_prompts(prompts)
-        params = per_prompt(sampling_params, len(prompts), "sampling_params")
-        priorities = per_prompt(priority or 0, len(prompts), "priority")
-        self._num_ids += 1
-        return self._stream(prompts, params, priorities, f"stream-{self._num_ids}-")
-
-    def _stream(
-        self, prompts: list, params: list, priorities: list, prefix: str
-    ) -> Iterator[RequestOutput]:
-        live: set[str] = set()
-        try:
-            for i, prompt in enumerate(prompts):
-                request_id = f"{prefix}{i}"
-                live.add(request_id)
-                try:
-                    self.engine.add(
-                        prompt,
-                        params[i],
-                        request_id=request_id,
-                        priority=priorities[i],
-                        kind=RequestOutputKind.DELTA,
-                    )
-                except ValueError as error:
-                    if len(prompts) == 1:
-                        raise
-                    live.discard(request_id)
-                    yield failed_output(request_id, prompt, error)
-            while live:
-                for output in self._mail.step(live):
-                    if output.finished:
-                        live.discard(output.request_id)
-                    yield output
-        finally:
-            self._mail.drop(live)
+        return self._calls.stream(prompts, sampling_params, priority)
 
     # -- lower level ------------------------------------------------------------------------------
 
@@ -233,86 +203,6 @@ class LLM:
         for one in [request_id] if isinstance(request_id, str) else request_id:
             self.engine.abort(one)
 
-    def _generate(
-        self,
-        prompts: Any,
-        sampling_params: Any,
-        use_tqdm: bool | None,
-        priority: Any,
-        special: bool,
-    ) -> list[RequestOutput]:
-        prompts, single = split_prompts(prompts)
-        params = per_prompt(sampling_params, len(prompts), "sampling_params")
-        priorities = per_prompt(0 if priority is None else priority, len(prompts), "priority")
-        if not isinstance(sampling_params, (SamplingParams, list, tuple, type(None))):
-            raise InvalidRequestError(
-                f"sampling_params must be SamplingParams or a list of them; got "
-                f"{type(sampling_params).__name__}",
-                param="sampling_params",
-            )
-        results: list[RequestOutput | None] = [None] * len(prompts)
-        live: dict[str, int] = {}
-        show = self._verbose if use_tqdm is None else use_tqdm
-        bar = tqdm(total=len(prompts), desc="generating", unit="req", disable=not show)
-        next_prompt = 0
-        num_generated, begun = 0, time.perf_counter()
-        try:
-            while next_prompt < len(prompts) or live:
-                while next_prompt < len(prompts) and self._has_room(params[next_prompt]):
-                    i = next_prompt
-                    next_prompt += 1
-                    with deferred_interrupt():
-                        added = self._try_add(prompts[i], params[i], priorities[i], special, single)
-                        if isinstance(added, Request):
-                            live[added.request_id] = i
-                    if isinstance(added, RequestOutput):
-                        results[i] = added
-                        bar.update()
-                if not live:
-                    continue
-                for output in self._mail.step(live):
-                    results[live.pop(output.request_id)] = output
-                    num_generated += sum(len(o.token_ids) for o in output.outputs)
-                    rate = num_generated / (time.perf_counter() - begun)
-                    bar.set_postfix_str(f"{rate:.0f} tok/s", refresh=False)
-                    bar.update()
-        finally:
-            bar.close()
-            self._mail.drop(set(live))
-        outputs = [r for r in results if r is not None]
-        if single and outputs[0].error is not None:
-            raise outputs[0].error
-        return outputs
-
-    def _has_room(self, params: Any) -> bool:
-        wanted = params.n if isinstance(params, SamplingParams) else 1
-        waiting = self.engine.scheduler.num_waiting
-        return not waiting or waiting + wanted <= self.config.max_num_waiting
-
-    def _try_add(
-        self, prompt: Any, params: Any, priority: Any, special: bool, single: bool
-    ) -> Request | RequestOutput:
-        """The queued request, or the output that says why this one prompt is refused."""
-        try:
-            if isinstance(prompt, JaxInferError):
-                raise prompt
-            return self.engine.add(
-                prompt,
-                params,
-                request_id=self._new_id(),
-                priority=priority,
-                kind=RequestOutputKind.FINAL_ONLY,
-                add_special_tokens=special,
-            )
-        except ValueError as error:
-            if single:
-                raise
-            return failed_output(self._new_id(), prompt, error)
-
-    def _new_id(self) -> str:
-        self._num_ids += 1
-        return f"generate-{self._num_ids}"
-
     # -- prompt caching ---------------------------------------------------------------------------
 
     def cache_prompt(
@@ -322,8 +212,7 @@ class LLM:
 
         Args:
             prompt: as in `generate`; its whole pages are kept, the tokens of the last, partly
-            filled
-                page are not.
+                filled page are not.
             ttl: seconds after their last use at which the pages expire; None: never.
             pin: keep the pages whatever else wants memory, until `unpin_prompt`, their ttl, or
                 `reset_prefix_cache`. Without it they go, least recently used first, as all others.
@@ -342,22 +231,7 @@ class LLM:
         if ttl is not None:
             ttl = check_float("ttl", ttl, 0.0, open_low=True)
         check_bool("pin", pin)
-        request = self.engine.add(
-            prompt, SamplingParams(max_tokens=1), request_id=self._new_id(), cache_only=True,
-            kind=RequestOutputKind.FINAL_ONLY,
-        )  # fmt: skip
-        live = {request.request_id}
-        output = None
-        try:
-            while live:
-                for output in self._mail.step(live):
-                    live.discard(output.request_id)
-        finally:
-            self._mail.drop(live)
-        if request.error is not None:
-            raise request.error
-        if output is None:
-            raise AssertionError("a finished request has an output")
+        request, output = self._calls.compute(prompt)
         self.engine.scheduler.pin(request.prompt_token_ids, request.cache_salt, ttl=ttl, pin=pin)
         return output
 
@@ -366,7 +240,7 @@ class LLM:
         ignored."""
         self.engine.check_alive()
         request = self.engine.intake.request(
-            prompt, SamplingParams(max_tokens=1), request_id=self._new_id(), cache_only=True
+            prompt, SamplingParams(max_tokens=1), request_id=self._calls.new_id(), cache_only=True
         )
         self.engine.scheduler.unpin(request.prompt_token_ids, request.cache_salt)
 
@@ -382,7 +256,7 @@ class LLM:
     def warmup(self, *, use_tqdm: bool | None = None) -> float:
         """Compile every program the engine can need; seconds it took. `strict` counts from here."""
         self.engine.check_alive()
-        show = self._verbose if use_tqdm is None else use_tqdm
+        show = self._shows(use_tqdm)
         runners = self.engine.runners
         count = sum(runner.num_programs for runner in runners)
         hits = COMPILES.cache_hits
@@ -400,6 +274,9 @@ class LLM:
                 file=sys.stderr,
             )
         return seconds
+
+    def _shows(self, use_tqdm: bool | None) -> bool:
+        return self._verbose if use_tqdm is None else use_tqdm
 
     @property
     def params(self) -> dict:
