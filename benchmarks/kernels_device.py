@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from benchmarks import kernels_peers, kernels_quant, roofline
+from benchmarks import device_time, kernels_peers, kernels_quant, roofline
 from pallas_kernels import Ops, Ragged, Spec
 
 Row = dict[str, Any]
@@ -73,8 +73,8 @@ def ceilings(deadline: float, _: Ceilings) -> Iterator[Row]:
     """Bytes per second of a copy and FLOP/s of a matmul, measured here and now."""
     memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 8 << 30)
     found = {
-        "copy_bytes": roofline.copy_bandwidth(min(4 << 30, memory // 8)),
-        "matmul_flops": roofline.matmul_flops(8192),
+        "copy_bytes": device_time.copy_bandwidth(min(4 << 30, memory // 8)),
+        "matmul_flops": device_time.matmul_flops(8192),
     }
     yield {"section": "ceilings", **found}
 
@@ -192,9 +192,9 @@ def flash_seconds(attend: Callable[..., Any], args: Any, is_backward: bool, gues
     q, k, v, dout = args
     if not is_backward:
         forward = lambda q, kv, i: attend(q, *kv, causal=True)  # noqa: E731
-        return roofline.seconds_per_call(forward, q, (k, v), guess)
+        return device_time.seconds_per_call(forward, q, (k, v), guess)
     _, pull = jax.jit(lambda *x: jax.vjp(partial(attend, causal=True), *x))(q, k, v)
-    return roofline.seconds_per_call(lambda dout, pull, i: pull(dout), dout, pull, guess)
+    return device_time.seconds_per_call(lambda dout, pull, i: pull(dout), dout, pull, guess)
 
 
 # -- pages
@@ -255,7 +255,7 @@ def attend_seconds(
         scale = head_dim**-0.5
         return ops.paged_attention(q, pages, moved, scale=scale, window=None, soft_cap=None)
 
-    return roofline.seconds_per_call(step, q, (pages, ragged), guess)
+    return device_time.seconds_per_call(step, q, (pages, ragged), guess)
 
 
 def decode(deadline: float, at: Ceilings) -> Iterator[Row]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import roofline
+from benchmarks import device_time
 
 MGPU = "jax.experimental.pallas.ops.gpu.attention_mgpu"
 TRITON_PAGED = "jax.experimental.pallas.ops.gpu.paged_attention"
@@ -39,7 +39,7 @@ def mosaic_gpu(args: Any, guess: float) -> float:
     block_kv = 64 if q.shape[-1] == 256 else 128
     config = module.TuningConfig(block_q=64, block_kv=block_kv, max_concurrent_steps=2, causal=True)
     step = lambda q, kv, i: module.attention(q, *kv, config)  # noqa: E731
-    return roofline.seconds_per_call(step, q, (k, v), guess)
+    return device_time.seconds_per_call(step, q, (k, v), guess)
 
 
 def torch_forward(args: Any, guess: float) -> float:
@@ -106,4 +106,4 @@ def triton_paged(
     def step(q: jax.Array, fixed: Any, i: jax.Array) -> jax.Array:
         return module.paged_attention(q, *fixed)
 
-    return roofline.seconds_per_call(step, q, (k, v, table, lens), guess)
+    return device_time.seconds_per_call(step, q, (k, v, table, lens), guess)

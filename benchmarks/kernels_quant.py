@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from benchmarks import roofline
+from benchmarks import device_time
 from pallas_kernels import Format, aot_quant
 
 Row = dict[str, Any]
@@ -98,7 +98,7 @@ def _seconds(op: Any, rows: int, k: int, weights: list[Weight], guess: float) ->
         return [op(x, *weight) for weight in weights]
 
     count = len(weights)
-    return roofline.seconds_per_call(step, x, weights, guess * count) / count
+    return device_time.seconds_per_call(step, x, weights, guess * count) / count
 
 
 def _checked(label: str, format: Format, ops: Any, difference: Callable[..., Row]) -> Row:

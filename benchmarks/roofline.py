@@ -1,18 +1,13 @@
-"""What kernels and whole models must at least do and move, what a chip allows, and how long calls
-take on the device.
+"""What kernels and whole models must at least do and move, and what a chip allows: formulas alone.
+No jax in this process: a parent that holds the accelerator would leave none to its children.
 """
 
-import math
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax import lax
-
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+"""Of a number, by dtype."""
 BACKWARD = 2.5  # products of the backward pass, in forwards: dq, dk, dv, and P and dP again
 
 
@@ -25,7 +20,7 @@ def attention_flops(num_heads: int, head_dim: int, q_lens: list[int], kv_lens: l
 
 def page_bytes_read(num_kv_heads: int, head_dim: int, page_dtype: str, positions: int) -> int:
     """K and V of `positions`, each read once, with the scales of quantised pages."""
-    item = jnp.dtype(page_dtype).itemsize
+    item = ITEM_BYTES[page_dtype]
     return positions * 2 * num_kv_heads * (head_dim * item + (4 if item == 1 else 0))
 
 
@@ -76,7 +71,10 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """What a decoder-only model's cost depends on. The embedding is gathered, not streamed."""
+    """What a decoder-only model's cost depends on. The embedding is gathered, not streamed.
+
+    `weight_bytes` and `kv_bytes` are of one number; packed weights have a fraction, on average.
+    """
 
     num_layers: int
     num_heads: int
@@ -85,14 +83,14 @@ class Decoder:
     hidden: int
     mlp: int
     vocab: int
-    weight_bytes: int = 2
+    weight_bytes: float = 2
     kv_bytes: int = 2
 
     @classmethod
     def of(cls, config: Mapping[str, Any], dtype: str) -> "Decoder":
         """From a Hugging Face config.json of a Llama and the dtype of weights and pages."""
         heads = config["num_attention_heads"]
-        item = jnp.dtype(dtype).itemsize
+        item = ITEM_BYTES[dtype]
         return cls(
             config["num_hidden_layers"],
             heads,
@@ -131,13 +129,14 @@ class Decoder:
             4 * self.num_layers * self.num_heads * self.head_dim * pairs,
         )
 
-    def prefill(self, rows: int, tokens: int) -> Cost:
-        """`rows` prompts of `tokens`, causal, of which the last token's logits are wanted."""
-        pairs = rows * tokens * tokens / 2
+    def prefill(self, rows: int, tokens: int, cached: int = 0) -> Cost:
+        """`rows` prompts of `tokens`, causal, of which the last token's logits are wanted; K and V
+        of the first `cached` of each are there already."""
+        pairs = rows * (tokens**2 - cached**2) / 2
         return Cost(
             (self.block_weights + self.head_weights) * self.weight_bytes,
             rows * tokens * self.bytes_per_token,
-            2 * rows * (tokens * self.block_weights + self.head_weights),
+            2 * rows * ((tokens - cached) * self.block_weights + self.head_weights),
             4 * self.num_layers * self.num_heads * self.head_dim * pairs,
         )
 
@@ -154,75 +153,3 @@ def shares(cost: Cost, seconds: float, limits: Limits | None, name: str) -> dict
         cost.seconds(limits) / seconds,
     )
     return {key: round(value, 4) for key, value in zip(keys, reached, strict=True)}
-
-
-def seconds_per_call(
-    step: Callable[..., Any],
-    carry: Any,
-    fixed: Any,
-    guess: float,
-    *,
-    target: float = 0.05,
-    repeats: int = 10,
-) -> float:
-    """Device time of `step(carry, fixed, i) -> result`: calls in one jit, each of which waits for
-    the one before; the median of `repeats`, fewer when they take long.
-
-    There are at least 20 calls, and as many as take `target` seconds if one takes `guess`: a number
-    known before compiling, for a GPU asks the host after every turn of a loop without one.
-    The barrier makes every call's carry depend on the last result, so that nothing is hoisted or
-    overlapped, and costs nothing itself. The result is carried too: a barrier's unused operands
-    are removed, and with them would be what computes them.
-    """
-    count = max(20, min(1000, math.ceil(target / guess)))
-
-    def run(carry: Any, fixed: Any) -> Any:
-        def body(i: jax.Array, state: Any) -> Any:
-            return lax.optimization_barrier((state[0], step(state[0], fixed, i)))
-
-        shapes = jax.eval_shape(step, carry, fixed, jnp.int32(0))
-        first = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return lax.fori_loop(0, count, body, (carry, first))[1]
-
-    jitted = jax.jit(run)
-    jax.block_until_ready(jitted(carry, fixed))
-    times = [_elapsed(jitted, carry, fixed)]
-    if times[0] > 10 * target:
-        repeats = min(repeats, 2)
-    times += [_elapsed(jitted, carry, fixed) for _ in range(repeats - 1)]
-    return statistics.median(times) / count
-
-
-def _elapsed(run: Callable[..., Any], *args: Any) -> float:
-    begun = time.perf_counter()
-    jax.block_until_ready(run(*args))
-    return time.perf_counter() - begun
-
-
-def copy_bandwidth(num_bytes: int) -> float:
-    """Bytes per second, read and written, of an elementwise pass over `num_bytes`."""
-    x = jax.random.normal(jax.random.key(0), (num_bytes // 2048, 1024), jnp.bfloat16)
-
-    def run(x: jax.Array) -> jax.Array:
-        return lax.fori_loop(0, 20, lambda _, x: lax.optimization_barrier(-x), x)
-
-    jitted = jax.jit(run)
-    jax.block_until_ready(jitted(x))
-    best = min(_elapsed(jitted, x) for _ in range(5))
-    return 20 * 2 * x.nbytes / best
-
-
-def matmul_flops(size: int, dtype: Any = jnp.bfloat16) -> float:
-    """FLOP/s of a chain of square products of random data, whose scale is kept."""
-    a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.float32)
-    a, b = a.astype(dtype), (b * size**-0.5).astype(dtype)
-    # A chain: each product is the next one's operand.
-    seconds = seconds_per_chain(lambda a: a @ b, a)
-    return 2 * size**3 / seconds
-
-
-def seconds_per_chain(step: Callable[[Any], Any], x: Any, count: int = 20) -> float:
-    """Of x -> step(x) -> step(step(x)) ..., in one jit; the best of five."""
-    jitted = jax.jit(lambda x: lax.fori_loop(0, count, lambda _, x: step(x), x))
-    jax.block_until_ready(jitted(x))
-    return min(_elapsed(jitted, x) for _ in range(5)) / count

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import roofline
+from benchmarks import device_time, roofline
 from benchmarks.gpu import scale as scales
 from benchmarks.gpu import traces
 from benchmarks.gpu.context import (
@@ -39,13 +39,13 @@ def ceilings(ctx: Context) -> Iterator[Row]:
     """Copy bandwidth and bfloat16 matmul of random data, and the memory there is."""
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
-    copied = roofline.copy_bandwidth(ctx.scale.copy_bytes)
+    copied = device_time.copy_bandwidth(ctx.scale.copy_bytes)
     yield {
         "section": "ceilings",
         "case": device.device_kind,
         "engine": "jax",
         "copy_bytes_s": copied,
-        "matmul_flops_s": roofline.matmul_flops(ctx.scale.matmul_size),
+        "matmul_flops_s": device_time.matmul_flops(ctx.scale.matmul_size),
         "memory_bytes": stats.get("bytes_limit"),
     }
 

@@ -57,7 +57,7 @@ class Bench:
 
     def workload(self, name: str, seed: int) -> Workload:
         return workloads.make(
-            name, seed, vocab=self.model.shape.vocab, encode=self._encode, toy=self.toy
+            name, seed, vocab=self.model.decoder.vocab, encode=self._encode, toy=self.toy
         )
 
     def _encode(self, text: str) -> list[int]:
@@ -234,16 +234,9 @@ def engine_row(
 ) -> dict[str, Any]:
     entry, workload = engine.entry, repeats[0]
     ceilings = bench.ceilings
+    decoder = bench.model.as_kept(entry.weights, entry.dtype)
     bounds = ceilings and [
-        roofline.bound_seconds(
-            repeat,
-            bench.model.shape,
-            ceilings,
-            weights=entry.weights,
-            dtype=entry.dtype,
-            peak=entry.peak,
-        )
-        for repeat in repeats
+        roofline.bound_seconds(repeat, decoder, ceilings, entry.peak) for repeat in repeats
     ]
     walls = [run.wall for run in engine.runs]
     shares = [b / wall for b, wall in zip(bounds or [], walls, strict=False) if b is not None]

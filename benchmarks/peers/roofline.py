@@ -1,9 +1,8 @@
 """The least time that a workload can take: weights and K/V read at the memory's rate, products at
 the processor's, both as measured in the same run.
 
-    prefill  FLOPs = 2 T N_blocks + 2 N_head + 2 layers heads head_dim (S^2 - C^2), of T = S - C new
-             tokens after C cached ones
-    decode   seconds = max(W / bandwidth, 2 B N / peak) a step + K/V read / bandwidth
+    prefill  the products of T = S - C new tokens after C cached ones
+    decode   what a step of the mean number of rows over the mean context takes
 
 It is a bound for the work that is asked, not for how an engine goes about it: prompts are computed
 once, every row is always full, and with prefix caching a prefix is computed once.
@@ -15,7 +14,8 @@ import subprocess
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.peers.models import ROOT, Shape
+from benchmarks.peers.models import ROOT
+from benchmarks.roofline import Decoder, Limits
 from benchmarks.workloads import Workload
 
 
@@ -66,33 +66,24 @@ def cached_lengths(workload: Workload) -> list[int]:
 
 
 def bound_seconds(
-    workload: Workload, shape: Shape, ceilings: Ceilings, *, weights: str, dtype: str, peak: str
+    workload: Workload, decoder: Decoder, ceilings: Ceilings, peak: str
 ) -> float | None:
-    """The least seconds for an engine with its weights in the number type `weights`, K and V in
-    `dtype`; None where `peak` is not known."""
+    """The least seconds for an engine whose steps cost what `decoder` says and whose products are
+    of the number type `peak`; None where its rate is not known."""
     rate = ceilings.flops.get(peak)
     if rate is None:
         return None
+    limits = Limits(ceilings.bytes_s, rate)
     asks = [ask for round_ in workload.rounds for ask in round_]
-    flops = 0
+    seconds = 0.0
     for ask, cached in zip(asks, cached_lengths(workload), strict=True):
-        length = len(ask.prompt)
-        flops += 2 * (length - cached) * shape.num_blocks + 2 * shape.num_head
-        flops += 2 * shape.layers * shape.heads * shape.head_dim * (length**2 - cached**2)
-    seconds = flops / rate
-    num_weights = shape.num_blocks + shape.num_head
+        seconds += decoder.prefill(1, len(ask.prompt), cached).flops / rate
     for round_ in workload.rounds:
         tokens = sum(ask.max_tokens - 1 for ask in round_)
         if not tokens:
             continue
         rows = min(workload.max_num_seqs, len(round_))
         steps = max(-(-tokens // rows), max(ask.max_tokens for ask in round_) - 1)
-        step = max(
-            shape.weight_bytes(weights) / ceilings.bytes_s,
-            2 * num_weights * (tokens / steps) / rate,
-        )
-        read = sum(
-            (ask.max_tokens - 1) * (len(ask.prompt) + ask.max_tokens / 2) for ask in round_
-        ) * shape.kv_bytes(dtype)
-        seconds += steps * step + read / ceilings.bytes_s
+        seen = sum((ask.max_tokens - 1) * (len(ask.prompt) + ask.max_tokens / 2) for ask in round_)
+        seconds += steps * decoder.decode(tokens / steps, seen / tokens).seconds(limits)
     return seconds

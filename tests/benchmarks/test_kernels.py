@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import kernels, kernels_device, kernels_quant, report, roofline
+from benchmarks import device_time, kernels, kernels_device, kernels_quant, report, roofline
 
 
 def test_flops_count_the_visible_pairs():
@@ -34,7 +34,7 @@ def test_every_call_of_the_timing_loop_is_made():
         return x * fixed
 
     carry, fixed = jnp.ones((8, 8)), jnp.float32(2.0)
-    seconds = roofline.seconds_per_call(step, carry, fixed, 1e-3, target=0.03, repeats=2)
+    seconds = device_time.seconds_per_call(step, carry, fixed, 1e-3, target=0.03, repeats=2)
     jax.effects_barrier()
     assert seconds > 0
     assert calls == 3 * list(range(30))  # one run to compile, two that are timed
@@ -103,8 +103,8 @@ def test_a_section_runs_here_with_small_shapes(section, monkeypatch):
     monkeypatch.setattr(kernels_quant, "COPY_BYTES", 1)
     monkeypatch.setitem(kernels_quant.aot_quant.WEIGHTS, "down", (64, 256))
     monkeypatch.setattr(kernels_quant, "WEIGHTS", ("down",))
-    quick = partial(roofline.seconds_per_call, target=1e-9, repeats=1)
-    monkeypatch.setattr(kernels_device.roofline, "seconds_per_call", quick)
+    quick = partial(device_time.seconds_per_call, target=1e-9, repeats=1)
+    monkeypatch.setattr(kernels_device.device_time, "seconds_per_call", quick)
     at = {"matmul_flops": 1e12, "copy_bytes": 1e9}
     rows = list(kernels_device.SECTIONS[section](time.monotonic() + 60, at))
     mine = [row for row in rows if row.get("impl") == "xla"]

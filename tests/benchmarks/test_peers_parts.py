@@ -1,11 +1,16 @@
 """The arithmetic of the benchmark of the engines: measures, bounds, workloads."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from benchmarks import workloads
 from benchmarks.peers import measures, models, roofline
 from benchmarks.peers.measures import Run
+from benchmarks.roofline import Decoder
 from benchmarks.workloads import Ask, Workload
 
 
@@ -41,36 +46,45 @@ def test_a_ratio_within_the_spread_is_no_difference():
     assert measures.ratio(runs(1.3, 1.4), runs(1.1, 1.2), workload)["verdict"] == "slower"
 
 
-SHAPE = models.Shape(layers=2, heads=4, kv_heads=2, head_dim=16, hidden=64, mlp=128, vocab=512)
+DECODER = Decoder(2, 4, 2, 16, 64, 128, 512, weight_bytes=4, kv_bytes=4)
 
 
 def test_the_bound_of_decoding_is_bytes_over_bandwidth():
     ceilings = roofline.Ceilings(bytes_s=1e6, flops={"float32": 1e18}, by={})
     workload = Workload("x", "", ((Ask((1,) * 10, 5),),), 1)
-    found = roofline.bound_seconds(
-        workload, SHAPE, ceilings, weights="float32", dtype="float32", peak="float32"
-    )
+    found = roofline.bound_seconds(workload, DECODER, ceilings, "float32")
     weights = 2 * (64 * 16 * (4 + 2 + 2 + 4) + 3 * 64 * 128) + 64 * 512
     kv = 2 * 2 * 2 * 16 * 4
     context = 11 + 12 + 13 + 14  # tokens that each of the four later steps attends to
     assert found == pytest.approx((4 * weights * 4 + context * kv) / 1e6, rel=0.01)
-    assert (
-        roofline.bound_seconds(
-            workload, SHAPE, ceilings, weights="bfloat16", dtype="bfloat16", peak="bfloat16"
-        )
-        is None
-    )
+    assert roofline.bound_seconds(workload, DECODER, ceilings, "bfloat16") is None
 
 
 def test_the_bound_of_prefill_is_products_over_the_peak():
     ceilings = roofline.Ceilings(bytes_s=1e18, flops={"float32": 1e6}, by={})
     workload = Workload("x", "", ((Ask((1,) * 10, 1),),), 1)
-    found = roofline.bound_seconds(
-        workload, SHAPE, ceilings, weights="float32", dtype="float32", peak="float32"
-    )
-    blocks = SHAPE.num_blocks
-    flops = 2 * 10 * blocks + 2 * 64 * 512 + 2 * 2 * 4 * 16 * 100
+    found = roofline.bound_seconds(workload, DECODER, ceilings, "float32")
+    flops = 2 * 10 * DECODER.block_weights + 2 * 64 * 512 + 2 * 2 * 4 * 16 * 100
     assert found == pytest.approx(flops / 1e6)
+
+
+def test_a_step_reads_weights_as_the_engine_keeps_them():
+    model = models.Model("x", Path(), DECODER, file_bytes=1000)
+    count = DECODER.block_weights + DECODER.head_weights
+    read = {"int8": count, "float32": 4 * count, "q4_1": 1000}
+    for weights, expected in read.items():
+        assert model.as_kept(weights, "bfloat16").decode(1, 0).weight_bytes == pytest.approx(
+            expected
+        )
+    values = 2 * 2 * 2 * 16  # K and V of a token
+    kept = [model.as_kept("int8", d).bytes_per_token for d in ("float32", "bfloat16", "q4_1")]
+    assert kept == [4 * values, 2 * values, 2 * values]
+
+
+@pytest.mark.parametrize("name", ["peers.__main__", "gpu.__main__", "kernels"])
+def test_a_parent_that_starts_engines_leaves_jax_to_them(name):
+    code = f"import sys, benchmarks.{name}; raise SystemExit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_a_perfect_prefix_cache_computes_what_is_new():
