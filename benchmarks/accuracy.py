@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import accuracy_readme, accuracy_texts, machine, toy
+from benchmarks import accuracy_readme, accuracy_texts, command_line, machine, toy
 from benchmarks.accuracy_texts import Part
-from benchmarks.report import RESULTS, SCHEMA, BenchmarkError, Report, run_main, table
+from benchmarks.report import BenchmarkError, Report, earlier, result_path, run_main, table
 from jaxinfer import LLM, SamplingParams, evaluate
 from jaxinfer.errors import JaxInferError
 from jaxinfer.evaluate import Scores
@@ -86,11 +86,7 @@ configurations:
 
 def parser() -> argparse.ArgumentParser:
     names = "\n".join(f"  {c.name:<22}{c.label}" for c in CONFIGURATIONS)
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy",
-        description=HELP + names,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = command_line.parser("accuracy", HELP + names)
     made.add_argument(
         "--only",
         nargs="*",
@@ -108,17 +104,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="other text, UTF-8")
     made.add_argument("--downloads", type=Path, default=accuracy_texts.FOLDER, metavar="DIR")
     made.add_argument("--dtype", default="auto", help='as of LLM; default: "auto"')
-    made.add_argument("--output", type=Path, help="JSON file; default: results/<machine>/")
     made.add_argument("--merge", action="store_true", help="keep the file's rows not run now")
     made.add_argument("--resume", action="store_true", help="go on where the last run ended")
-    made.add_argument(
-        "--update-readme",
-        nargs="?",
-        const=accuracy_readme.README,
-        type=Path,
-        metavar="FILE",
-        help="write the table between the markers of benchmarks/README.md (or FILE)",
-    )
+    command_line.add_update_readme(made)
     made.add_argument("--toy", action="store_true", help="tiny model and text: only shows it runs")
     return made
 
@@ -215,7 +203,7 @@ class Bench:
         """
         name = configuration.name
         reference = None if name == FLOAT else self._reference()
-        load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+        load = machine.load()
         if not self.resume:
             self.store.forget(name)
         with _engine({**self.shared, **configuration.options}) as llm:
@@ -281,28 +269,6 @@ def decode_rate(llm: LLM) -> float:
     return _DECODE_ROWS * _DECODE_TOKENS / took
 
 
-def earlier(path: Path, settings: dict[str, Any], names: set[str]) -> list[dict[str, Any]]:
-    """Rows of `path` that this run does not make again.
-
-    Raises BenchmarkError where the file is of another machine, version or text.
-    """
-    try:
-        old = json.loads(path.read_text())
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise BenchmarkError(f"--merge: {path} cannot be read ({error})") from None
-    now = {"schema": SCHEMA, "benchmark": "accuracy", "machine": machine.about()}
-    for key, wanted in {**now, "settings": settings}.items():
-        then = old.get(key) if isinstance(old, dict) else None
-        if then != wanted:
-            raise BenchmarkError(
-                f"--merge: {path} has {key} {then!r:.300}, now it is {wanted!r:.300}; rows of both "
-                f"in one table would mislead: leave --merge out and measure all again"
-            )
-    return [row for row in old["rows"] if row["name"] not in names]
-
-
 def toy_parts() -> list[Part]:
     return [
         Part("help", "English", HELP[:300]),
@@ -336,10 +302,7 @@ def measure(bench: Bench, configurations: Sequence[Configuration], report: Repor
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     configurations = chosen(options)
-    if options.update_readme is not None:
-        if options.toy:
-            raise BenchmarkError("--update-readme with --toy: figures of a toy are not published")
-        accuracy_readme.check(options.update_readme)
+    command_line.check_update_readme(options, "accuracy")
     with tempfile.TemporaryDirectory() as folder:
         shared: dict[str, Any] = {
             "model": options.model,
@@ -367,13 +330,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "text_sha256": accuracy_texts.sha256(parts),
             **how,
         }
-        output = options.output or RESULTS / machine.name() / "accuracy.json"
+        output = options.output or result_path("accuracy")
         names = {c.name for c in configurations}
-        rows = earlier(output, settings, names) if options.merge else []
+        kept = earlier(output, "accuracy", settings) if options.merge else []
         report = Report("accuracy", output=output, settings=settings)
-        report.rows.extend(rows)
-        if rows:
-            report.note(f"measured in parts, each row has its date; earlier: {_names(rows)}")
+        report.keep([row for row in kept if row["name"] not in names], "name")
         of = {**settings, "model": options.model, "device": machine.device()}
         store = Store(options.downloads, of)
         bench = Bench(parts, shared, how, store, resume=options.resume)
@@ -383,10 +344,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.update_readme is not None:
         accuracy_readme.update(options.update_readme, report.content)
         print(f"table: {options.update_readme}")
-
-
-def _names(rows: Sequence[dict[str, Any]]) -> str:
-    return ", ".join(row["name"] for row in rows)
 
 
 if __name__ == "__main__":

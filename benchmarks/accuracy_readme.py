@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import check_markers, measured_on, replace_between, table
+from benchmarks.report import measured_on, replace_between, table
 
-README = Path(__file__).parent / "README.md"
 COLUMNS = (
     "configuration",
     "perplexity",
@@ -50,11 +49,6 @@ def text(content: dict[str, Any]) -> str:
     parts.append(table(lines(rows), COLUMNS))
     parts += [f"Note: {note}" for note in content["notes"]]
     return "\n\n".join(parts)
-
-
-def check(path: Path) -> None:
-    """BenchmarkError unless `path` has the two markers, in order."""
-    check_markers(path, "accuracy")
 
 
 def update(path: Path, content: dict[str, Any]) -> None:

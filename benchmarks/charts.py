@@ -30,6 +30,19 @@ def figure_class() -> Any:
     return Figure
 
 
+def check(path: Path | None) -> None:
+    """Raises BenchmarkError, before anything is measured, where no chart can be drawn, or kept at
+    `path` (None: a place that is written to anyway)."""
+    figure_class()
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise BenchmarkError(f"--chart {path} cannot be written ({error}); name another") from None
+
+
 def ratio_bars(
     path: Path,
     labels: Sequence[str],

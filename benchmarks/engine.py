@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import toy
-from benchmarks.report import BenchmarkError, Report, run_main
+from benchmarks import command_line, toy
+from benchmarks.report import BenchmarkError, Report, percentiles, run_main
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.config import SchedulerConfig
 from jaxinfer.profiling import record
@@ -132,7 +132,7 @@ def host(options: argparse.Namespace, report: Report) -> None:
         bench="scheduling",
         rows=rows,
         median_ms=round(statistics.median(seconds) * 1e3, 3),
-        p99_ms=round(sorted(seconds)[int(0.99 * len(seconds))] * 1e3, 3),
+        p99_ms=round(percentiles(seconds)["p99"] * 1e3, 3),
     )
 
 
@@ -214,15 +214,8 @@ SECTIONS = {"start": start, "step": step, "host": host, "waste": waste}
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    lines = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.engine",
-        description=lines[0],
-        epilog="\n".join(lines[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser("engine", __doc__)
     parser.add_argument("what", nargs="*", help=f"{', '.join(SECTIONS)}; none: all")
-    parser.add_argument("--output", type=Path, help="JSON file (results/<machine>/engine.json)")
     parser.add_argument(
         "--profile", type=Path, metavar="DIR", help="XLA traces of the step section"
     )

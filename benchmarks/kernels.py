@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, sections
+from benchmarks import command_line, machine, sections
 from benchmarks.report import RESULTS, Report, run_main
 
 # Sections of an accelerator's run and the most seconds each may take, in the order of what is
@@ -94,17 +94,10 @@ def child(table: str, ceilings: str, name: str, seconds: float, profile: Path | 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    lines = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels",
-        description=lines[0],
-        epilog="\n".join(lines[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser("kernels", __doc__)
     parser.add_argument("sections", nargs="*", help="of the run; none: all")
     parser.add_argument("--static", action="store_true", help="TPU cost without a TPU")
     parser.add_argument("--seconds", type=float, help="for the whole run (default: 510)")
-    parser.add_argument("--output", type=Path, help="of the JSON file")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="an XLA trace of each section")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -39,6 +39,12 @@ def memory_bytes() -> int:
         return 0
 
 
+def load() -> float | None:
+    """Processes that ran or waited for a core in the last minute, on average; None where the
+    system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
 @functools.cache
 def device() -> tuple[str, str]:
     """(platform, device kind) of jax's first device, asked in another process.

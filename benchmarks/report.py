@@ -21,10 +21,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import machine
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent / "README.md"
 
 
 class BenchmarkError(Exception):
@@ -45,7 +48,7 @@ class Report:
 
         Raises BenchmarkError where it cannot be written, before anything is measured.
         """
-        self.path = output or RESULTS / machine.name() / f"{benchmark}.json"
+        self.path = output or result_path(benchmark)
         self.content: dict[str, Any] = {
             "schema": SCHEMA,
             "benchmark": benchmark,
@@ -74,6 +77,13 @@ class Report:
     def rows(self) -> list[dict[str, Any]]:
         return self.content["rows"]
 
+    def keep(self, rows: Sequence[dict[str, Any]], key: str) -> None:
+        """Take over rows of `earlier` runs; the note of it names them by their `key`."""
+        if rows:
+            self.rows.extend(rows)
+            names = ", ".join(dict.fromkeys(row[key] for row in rows))
+            self.note(f"measured in parts, each row has its date; from earlier runs: {names}")
+
     def add(self, row: dict[str, Any]) -> None:
         """Keep a row."""
         self.rows.append(row)
@@ -91,6 +101,33 @@ class Report:
         self._write()
 
 
+def result_path(benchmark: str) -> Path:
+    """Where the results of this machine are kept unless --output says otherwise."""
+    return RESULTS / machine.name() / f"{benchmark}.json"
+
+
+def earlier(path: Path, benchmark: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that --merge finds in the result at `path`; none where there is no file.
+
+    Raises BenchmarkError where it is of another machine, other versions or other `settings`.
+    """
+    try:
+        old = json.loads(path.read_text())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise BenchmarkError(f"--merge: {path} cannot be read ({error})") from None
+    then = old | old.get("settings", {}) if isinstance(old, dict) else {}
+    now = {"schema": SCHEMA, "benchmark": benchmark, "machine": machine.about(), **settings}
+    for key, wanted in now.items():
+        if then.get(key) != wanted:
+            raise BenchmarkError(
+                f"--merge: {path} has {key} {then.get(key)!r:.300}, now it is {wanted!r:.300}; "
+                f"rows of both in one table would mislead: leave --merge out and measure all again"
+            )
+    return old["rows"]
+
+
 def _command(benchmark: str, arguments: Sequence[str]) -> str:
     """As it was typed, but for the folders of this machine: they are nobody else's."""
     shown = [re.sub(r"(^|=)/\S*/(?=\S)", r"\1.../", argument) for argument in arguments]
@@ -101,10 +138,11 @@ def percentiles(
     values: Iterable[float], percents: Sequence[int] = (50, 90, 99)
 ) -> dict[str, float]:
     """{"p50": ...} of `values`, nearest rank; empty where there are none."""
-    ordered = sorted(values)
-    if not ordered:
+    found = list(values)
+    if not found:
         return {}
-    return {f"p{p}": ordered[max(0, -(-len(ordered) * p // 100) - 1)] for p in percents}
+    ranks = np.percentile(found, percents, method="inverted_cdf").tolist()
+    return {f"p{p}": value for p, value in zip(percents, ranks, strict=True)}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

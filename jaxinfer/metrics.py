@@ -3,6 +3,8 @@
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from jaxinfer.request import Request
 
 HISTORY = 4096
@@ -79,11 +81,10 @@ class Metrics:
         for reason, count in sorted(self.requests_finished.items()):
             numbers[f"requests_finished_{reason}"] = count
         for name in ("time_to_first_token", "inter_token_latency"):
-            values = sorted(getattr(self, name))
-            if values:
-                for percent in (50, 90, 99):
-                    at = min(len(values) - 1, len(values) * percent // 100)
-                    numbers[f"{name}_p{percent}"] = values[at]
+            values = list(getattr(self, name))
+            for percent in (50, 90, 99) if values else ():
+                nearest_rank = np.percentile(values, percent, method="inverted_cdf")
+                numbers[f"{name}_p{percent}"] = float(nearest_rank)
         host = [s.plan_seconds + s.propose_seconds + s.build_seconds for s in self.steps]
         if host:
             numbers["host_seconds_per_step"] = sum(host) / len(host)

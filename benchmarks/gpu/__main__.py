@@ -37,7 +37,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, sections
+from benchmarks import command_line, machine, sections
 from benchmarks.gpu import child
 from benchmarks.gpu import scale as scales
 from benchmarks.report import BenchmarkError, Report, run_main, table
@@ -232,19 +232,12 @@ def _environment(toy: bool) -> dict[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    lines = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
-        description=lines[0],
-        epilog="\n".join(lines[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser("gpu", __doc__)
     add = parser.add_argument
     add("--sections", nargs="+", default=[], metavar="NAME", help="only these (default: all)")
     add(
         "--seconds", type=float, default=SECONDS, help=f"for the whole run (default: {SECONDS:.0f})"
     )
-    add("--output", type=Path, help="JSON file (default: benchmarks/results/<machine>/gpu.json)")
     add("--profile", type=Path, metavar="DIR", help="keep the XLA traces there")
     add("--toy", action="store_true", help="a tiny model on a CPU: shows that it runs")
     add("--child", action="store_true", help=argparse.SUPPRESS)

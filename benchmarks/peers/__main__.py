@@ -18,15 +18,13 @@ is measured. An engine that fails is reported, the others go on, and the exit st
 import argparse
 import contextlib
 import importlib.util
-import json
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from benchmarks import machine, workloads
+from benchmarks import command_line, workloads
 from benchmarks.peers import output
 from benchmarks.peers.bench import FIRST_SEED, Bench, measure_all
 from benchmarks.peers.engines import (
@@ -40,13 +38,13 @@ from benchmarks.peers.engines import (
     parse_pythons,
 )
 from benchmarks.peers.models import default_model, toy_model
-from benchmarks.report import RESULTS, SCHEMA, BenchmarkError, Report, run_main
+from benchmarks.report import BenchmarkError, Report, earlier, result_path, run_main
 
 
-def say(bench: Bench, names: list[str]) -> None:
+def say(bench: Bench) -> None:
     """The tables, on standard output."""
     rows = bench.report.rows
-    for name in names:
+    for name in workloads.NAMES:
         mine = [row for row in rows if row["workload"] == name and row["kind"] != "ratio"]
         if mine:
             print(f"\n{name}: {bench.workload(name, FIRST_SEED).description}")
@@ -57,11 +55,7 @@ def say(bench: Bench, names: list[str]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.peers",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.parser("peers", __doc__)
     add = parser.add_argument
     add("--workloads", nargs="+", metavar="NAME", default=list(workloads.NAMES),
         help=f"of {', '.join(workloads.NAMES)}; default: all")  # fmt: skip
@@ -74,12 +68,8 @@ def parse() -> argparse.Namespace:
         help="make environments that are missing (about 10 minutes the first time)")  # fmt: skip
     add("--cache", type=Path, default=cache_folder(),
         help="of environments and weights ($JAXINFER_PEERS, ~/.cache/jaxinfer/peers)")  # fmt: skip
-    add("--output", type=Path, help="JSON file (benchmarks/results/<machine>/peers.json)")
     add("--merge", action="store_true", help="keep that file's rows of workloads not run now")
-    chart = parser.add_mutually_exclusive_group()
-    chart.add_argument("--chart", type=Path, metavar="PNG",
-        help="of output tokens a second by batch (beside the JSON file)")  # fmt: skip
-    chart.add_argument("--no-chart", action="store_true")
+    command_line.add_chart(parser, "output tokens a second by batch")
     add("--profile", type=Path, metavar="DIR",
         help="write an XLA trace of one more run of each workload by jaxinfer")  # fmt: skip
     add("--timeout", type=float, default=900.0, help="seconds an engine may take to answer (900)")
@@ -113,32 +103,6 @@ def check(options: argparse.Namespace) -> None:
         output.check_chart(options.chart, options.workloads)
 
 
-def earlier(path: Path, names: list[str], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the result at `path` to keep beside those of the workloads `names`.
-
-    Raises BenchmarkError where it is of another machine, version or model.
-    """
-    try:
-        old = json.loads(path.read_text())
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise BenchmarkError(f"--merge: {path} cannot be read ({error})") from None
-    now = {"schema": SCHEMA, "benchmark": "peers", "machine": machine.about()}
-    then = {key: old.get(key) for key in now} if isinstance(old, dict) else {}
-    if then == now:
-        now, then = settings, old["settings"]
-    for key in now:
-        if key in ("workloads", "engines"):
-            continue
-        if then.get(key) != now[key]:
-            raise BenchmarkError(
-                f"--merge: {path} has {key} {then.get(key)!r:.300}, now it is {now[key]!r:.300}; "
-                f"rows of both in one table would mislead: leave --merge out and measure all again"
-            )
-    return [row for row in old["rows"] if row["workload"] not in names]
-
-
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
     """SIGTERM unwinds like Ctrl-C, so that no stopped worker is left behind."""
@@ -151,10 +115,6 @@ def ended_by_signals() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _names(rows: list[dict[str, Any]]) -> set[str]:
-    return {row["workload"] for row in rows}
 
 
 def main() -> None:
@@ -174,13 +134,11 @@ def main() -> None:
             "engines": [entry.name for entry in entries],
             "repeats": options.repeats,
         }
-        path = options.output or RESULTS / machine.name() / "peers.json"
-        kept = earlier(path, names, settings) if options.merge else []
+        path = options.output or result_path("peers")
+        alike = {"model": model.name, "repeats": options.repeats}
+        kept = earlier(path, "peers", alike) if options.merge else []
         report = Report("peers", output=path, settings=settings)
-        report.rows.extend(kept)
-        if kept:
-            parts = ", ".join(dict.fromkeys(row["workload"] for row in kept))
-            report.note(f"measured in parts, each row has its date; from earlier runs: {parts}")
+        report.keep([row for row in kept if row["workload"] not in names], "workload")
         bench = Bench(
             model=model,
             environments=environments,
@@ -192,7 +150,7 @@ def main() -> None:
             profile=options.profile,
         )
         measure_all(bench, names, entries)
-        say(bench, [name for name in workloads.NAMES if name in {*names, *_names(kept)}])
+        say(bench)
     if not options.no_chart and any(output.is_point(row) for row in report.rows):
         about = report.content["machine"]
         title = f"{model.name}, {about['cpu']}, {about['cores']} cores, {report.content['date']}"

@@ -1,9 +1,9 @@
 """What a reader sees: tables on the terminal and the chart of throughput by batch."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
+from benchmarks import charts
 from benchmarks.report import BenchmarkError, table
 
 COLUMNS = {
@@ -69,24 +69,12 @@ def check_chart(path: Path | None, workloads: list[str]) -> None:
         if path is not None:
             raise BenchmarkError("--chart shows the fixed-* workloads; ask for one of them")
         return
-    if importlib.util.find_spec("matplotlib") is None:
-        raise BenchmarkError(
-            "the chart needs matplotlib: pip install matplotlib, or leave it out with --no-chart"
-        )
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("ab").close()
-    except OSError as error:
-        raise BenchmarkError(f"--chart {path} cannot be written ({error}); name another") from None
+    charts.check(path)
 
 
 def draw_chart(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Output tokens a second by batch, a line per engine, all points with their spread."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
+    figure = charts.figure_class()(figsize=(9, 6), dpi=charts.DPI, layout="constrained")
     axes = figure.add_subplot()
     series: dict[str, list[tuple[int, dict]]] = {}
     for row in rows:
@@ -113,4 +101,4 @@ def draw_chart(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.grid(alpha=0.3)
     if series:
         axes.legend()
-    figure.savefig(path, format="png")
+    charts.save(figure, path)

@@ -1,7 +1,6 @@
 """Techniques on against off inside this engine, beside the literature. See --help."""
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -12,8 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks import charts, machine, toy
-from benchmarks.report import RESULTS, SCHEMA, BenchmarkError, Report, run_main, table
+from benchmarks import charts, command_line, machine, toy
+from benchmarks.report import BenchmarkError, Report, earlier, result_path, run_main, table
 from benchmarks.techniques import readme
 from benchmarks.techniques.bench import Bench, Technique
 from benchmarks.techniques.registry import TECHNIQUES
@@ -33,28 +32,14 @@ techniques:
 
 def parser() -> argparse.ArgumentParser:
     names = "\n".join(f"  {t.name:<22}{t.about}" for t in TECHNIQUES)
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.techniques",
-        description=HELP + names,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = command_line.parser("techniques", HELP + names)
     made.add_argument("--only", nargs="+", metavar="NAME", help="these techniques; default: all")
     made.add_argument("--repeats", type=int, default=3, help="timed pairs (default 3)")
-    made.add_argument("--output", type=Path, help="JSON file; default: results/<machine>/")
     made.add_argument(
         "--merge", action="store_true", help="keep the file's rows of techniques not run now"
     )
-    chart = made.add_mutually_exclusive_group()
-    chart.add_argument("--chart", type=Path, help="PNG file; default: beside the JSON file")
-    chart.add_argument("--no-chart", action="store_true")
-    made.add_argument(
-        "--update-readme",
-        nargs="?",
-        const=readme.README,
-        type=Path,
-        metavar="FILE",
-        help="write the table between the markers of benchmarks/README.md (or FILE)",
-    )
+    command_line.add_chart(made, "the ratios")
+    command_line.add_update_readme(made)
     made.add_argument("--toy", action="store_true", help="tiny model and sizes: only shows it runs")
     made.add_argument("--profile", type=Path, metavar="DIR", help="XLA traces of a run on and off")
     return made
@@ -68,29 +53,6 @@ def chosen(names: Sequence[str] | None) -> list[Technique]:
             f"no technique is called {', '.join(unknown)}; there are: {', '.join(known)}"
         )
     return [t for t in TECHNIQUES if names is None or t.name in names]
-
-
-def earlier(path: Path, running: Sequence[Technique]) -> list[dict[str, Any]]:
-    """Rows of `path` that this run does not make again.
-
-    Raises BenchmarkError where the file is not of this schema, machine and versions.
-    """
-    try:
-        old = json.loads(path.read_text())
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise BenchmarkError(f"--merge: {path} cannot be read ({error})") from None
-    about = machine.about()
-    for key, now in (("schema", SCHEMA), ("benchmark", "techniques"), ("machine", about)):
-        then = old.get(key) if isinstance(old, dict) else None
-        if then != now:
-            raise BenchmarkError(
-                f"--merge: {path} has {key} {then!r:.300}, now it is {now!r:.300}; rows of both "
-                f"in one table would mislead: leave --merge out and measure all again"
-            )
-    names = {t.name for t in running}
-    return [row for row in old["rows"] if row["technique"] not in names]
 
 
 def make_folder(path: Path | None) -> None:
@@ -146,7 +108,7 @@ def measure(
     toy_model = toy.write_model(folder / "model") if options.toy else None
     shown = sys.stderr.isatty()
     begun = time.perf_counter()
-    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    load = machine.load()
     with tqdm(total=len(techniques), unit="technique", disable=not shown) as bar:
 
         def say(text: str) -> None:
@@ -205,20 +167,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.repeats < 1:
         raise BenchmarkError(f"--repeats must be at least 1; got {options.repeats}")
     if not options.no_chart:
-        charts.figure_class()
-    if options.update_readme is not None:
-        if options.toy:
-            raise BenchmarkError("--update-readme with --toy: figures of a toy are not published")
-        readme.check(options.update_readme)
+        charts.check(options.chart)
+    command_line.check_update_readme(options, "techniques")
     make_folder(options.profile)
-    output = options.output or RESULTS / machine.name() / "techniques.json"
-    rows = earlier(output, techniques) if options.merge else []
-    settings = {"repeats": options.repeats, "model": "toy" if options.toy else "default"}
-    report = Report("techniques", output=output, settings=settings)
-    report.rows.extend(rows)
-    if rows:
-        kept = ", ".join(sorted({row["technique"] for row in rows}))
-        report.note(f"measured in parts, each row has its date; from earlier runs: {kept}")
+    output = options.output or result_path("techniques")
+    model = {"model": "toy" if options.toy else "default"}
+    kept = earlier(output, "techniques", model) if options.merge else []
+    report = Report("techniques", output=output, settings={"repeats": options.repeats, **model})
+    names = {t.name for t in techniques}
+    report.keep([row for row in kept if row["technique"] not in names], "technique")
     with tempfile.TemporaryDirectory() as folder:
         measure(techniques, options, report, Path(folder))
     compiles = conclude(report)

@@ -4,10 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import check_markers, markers, measured_on, replace_between, table
+from benchmarks.report import measured_on, replace_between, table
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = markers("techniques")
 COLUMNS = ("technique", "case", "literature", "counted", "measured: off -> on", "times better")
 
 _METRICS = {
@@ -78,11 +76,6 @@ def text(content: dict[str, Any]) -> str:
     )
     parts += [f"Note: {note}" for note in content["notes"]]
     return "\n\n".join(parts)
-
-
-def check(path: Path) -> None:
-    """BenchmarkError unless `path` has the two markers, in order."""
-    check_markers(path, "techniques")
 
 
 def update(path: Path, content: dict[str, Any]) -> None:

@@ -13,6 +13,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from jaxinfer.profiling.events import PHASES, WAKE, Operation, Trace, TraceError
 
 NO_SCOPE = "(no scope)"
@@ -31,8 +33,9 @@ class Spread:
 
     def percentile(self, percent: int) -> float:
         """Nearest rank; 0 where there are none."""
-        ordered = sorted(self.values)
-        return ordered[max(0, -(-len(ordered) * percent // 100) - 1)] if ordered else 0.0
+        if not self.values:
+            return 0.0
+        return float(np.percentile(self.values, percent, method="inverted_cdf"))
 
 
 @dataclass(slots=True)

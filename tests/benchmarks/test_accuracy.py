@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import accuracy as command
 from benchmarks import accuracy_readme, accuracy_texts, toy
-from benchmarks.report import BenchmarkError
+from benchmarks.report import README, BenchmarkError, check_markers
 from jaxinfer import LLM, evaluate
 
 INT8 = "int8-weight-only"
@@ -105,7 +105,7 @@ def test_rows_of_another_text_are_not_merged(copy):
     content = json.loads(path.read_text())
     content["settings"]["text_sha256"] = "0" * 64
     path.write_text(json.dumps(content))
-    with pytest.raises(BenchmarkError, match="has settings"):
+    with pytest.raises(BenchmarkError, match="has text_sha256"):
         run(copy, "--only", INT8, "--merge")
     assert json.loads(path.read_text()) == content
 
@@ -119,7 +119,7 @@ def test_readme(folder, tmp_path):
     assert text.startswith("before\n<!-- accuracy: begin -->\nMeasured ")
     assert text.endswith("<!-- accuracy: end -->\nafter\n") and "old" not in text
     assert content["settings"]["text_sha256"] in text
-    accuracy_readme.check(accuracy_readme.README)
+    check_markers(README, "accuracy")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import charts
-from benchmarks.report import BenchmarkError
+from benchmarks.report import README, BenchmarkError, check_markers, markers
 from benchmarks.techniques import __main__ as command
 from benchmarks.techniques import flash_attention, readme, registry
 from benchmarks.techniques.bench import Counted, Literature, Measured, make_row
@@ -174,7 +174,8 @@ def some_content() -> dict:
 
 def test_readme_table_stands_between_the_markers(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    begin, end = markers("techniques")
+    path.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     readme.update(path, some_content())
     readme.update(path, some_content())  # again, in place
     text = path.read_text()
@@ -188,7 +189,7 @@ def test_readme_table_stands_between_the_markers(tmp_path):
 
 
 def test_readme_of_the_repository_has_the_markers():
-    readme.check(readme.README)
+    check_markers(README, "techniques")
 
 
 # -- what users get wrong -------------------------------------------------------------------------
@@ -215,10 +216,11 @@ def test_mistakes_are_told_before_anything_is_measured(arguments, says, tmp_path
 
 def test_a_readme_without_markers_is_left_alone(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"{readme.END}\n{readme.BEGIN}\n")
+    begin, end = markers("techniques")
+    path.write_text(f"{end}\n{begin}\n")
     with pytest.raises(BenchmarkError, match="needs the lines"):
         command.main(["--update-readme", str(path), "--output", str(tmp_path / "out.json")])
-    assert path.read_text() == f"{readme.END}\n{readme.BEGIN}\n"
+    assert path.read_text() == f"{end}\n{begin}\n"
 
 
 def test_no_matplotlib_is_told_before_anything_is_measured(monkeypatch, tmp_path):
