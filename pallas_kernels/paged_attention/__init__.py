@@ -21,6 +21,7 @@
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,8 +75,8 @@ def validate_layout(num_pages: int, page_size: int, num_kv_heads: int, head_dim:
     check_positive("head_dim", head_dim)
 
 
-def copy_pool(pool: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
-    """`pool [P, ...]` with page dst[i] as page src[i] was, for every i.
+def copy_pages(pages: Any, src: jax.Array, dst: jax.Array) -> Any:
+    """`pages`, a tree of arrays `[P, ...]`, with page dst[i] as page src[i] was, for every i.
 
     Sources outside the pool are clipped into it, destinations outside are dropped. ValueError
     unless `src` and `dst` are int32 [C].
@@ -84,11 +85,13 @@ def copy_pool(pool: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
     check_array("dst", dst, (src.shape[0],), "[C]")
     check_int32("src", src)
     check_int32("dst", dst)
-    num_pages = pool.shape[0]
-    # A negative index would count from the end.
-    src = jnp.clip(src, 0, num_pages - 1)
-    dst = jnp.where(dst < 0, num_pages, dst)
-    return pool.at[dst].set(pool[src], mode="drop")
+
+    def copy(pool: jax.Array) -> jax.Array:
+        # A negative index would count from the end.
+        to = jnp.where(dst < 0, pool.shape[0], dst)
+        return pool.at[to].set(pool[jnp.clip(src, 0, pool.shape[0] - 1)], mode="drop")
+
+    return jax.tree.map(copy, pages)
 
 
 def validate(

@@ -14,15 +14,14 @@ from pallas_kernels import tuning
 from pallas_kernels.common import QUANTISED, Spec, Target
 from pallas_kernels.mosaic_gpu import missing
 from pallas_kernels.paged_attention import Ragged, token_major, validate
+from pallas_kernels.paged_attention import copy_pages as copy_pages
 from pallas_kernels.paged_attention.mosaic_gpu_decode import DecodeConfig, decode
 from pallas_kernels.paged_attention.mosaic_gpu_decode import rule as decode_rule
 from pallas_kernels.paged_attention.mosaic_gpu_prefill import PrefillConfig, prefill
 from pallas_kernels.paged_attention.mosaic_gpu_prefill import rule as prefill_rule
 from pallas_kernels.paged_attention.mosaic_gpu_tiles import Options
 from pallas_kernels.paged_attention.token_major import Pages
-
-page_bytes = token_major.page_bytes
-copy_pages = token_major.copy_pages
+from pallas_kernels.paged_attention.token_major import page_bytes as page_bytes
 
 HEAD_DIMS = (64, 128, 256)
 # Query heads of one KV head: what a decoding warpgroup has registers for, by head_dim.

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import MASKED, Spec, Target
 from pallas_kernels.paged_attention import Ragged, token_major, validate
+from pallas_kernels.paged_attention import copy_pages as copy_pages
 from pallas_kernels.paged_attention.token_major import Pages
-
-page_bytes = token_major.page_bytes
-copy_pages = token_major.copy_pages
+from pallas_kernels.paged_attention.token_major import page_bytes as page_bytes
 
 
 def allocate(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import PAGE_DTYPES, QUANTISED, dtype_name, quantise
-from pallas_kernels.paged_attention import copy_pool, validate_layout
+from pallas_kernels.paged_attention import validate_layout
 
 
 @jax.tree_util.register_dataclass
@@ -45,11 +45,6 @@ def page_bytes(page_size: int, num_kv_heads: int, head_dim: int, dtype: str) -> 
     name = dtype_name(dtype, "dtype", PAGE_DTYPES)
     vector = head_dim * jnp.dtype(name).itemsize + (4 if name in QUANTISED else 0)
     return page_size * 2 * num_kv_heads * vector
-
-
-def copy_pages(pages: Pages, src: jax.Array, dst: jax.Array) -> Pages:
-    """Page dst[i] becomes what page src[i] was, for every i."""
-    return jax.tree.map(lambda pool: copy_pool(pool, src, dst), pages)
 
 
 def write(pages: Pages, k: jax.Array, v: jax.Array, slots: jax.Array) -> Pages:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import tuning
 from pallas_kernels.common import PAGE_DTYPES, Spec, Target, dtype_name
-from pallas_kernels.paged_attention import Ragged, copy_pool, validate, validate_layout
+from pallas_kernels.paged_attention import Ragged, validate, validate_layout
+from pallas_kernels.paged_attention import copy_pages as copy_pages
 from pallas_kernels.paged_attention.tpu_decode import DecodeConfig, Options, decode
 from pallas_kernels.paged_attention.tpu_decode import rule as decode_rule
 from pallas_kernels.paged_attention.tpu_layout import LANES, SUBLANES, Layout
@@ -72,11 +73,6 @@ def page_bytes(page_size: int, num_kv_heads: int, head_dim: int, dtype: str) -> 
     if layout.is_quantised:
         words += prod(layout.scales_shape)
     return 4 * words
-
-
-def copy_pages(pages: Pages, src: jax.Array, dst: jax.Array) -> Pages:
-    """Page dst[i] becomes what page src[i] was, for every i."""
-    return jax.tree.map(lambda pool: copy_pool(pool, src, dst), pages)
 
 
 def unsupported(spec: Spec | None, target: Target) -> str | None:

@@ -25,7 +25,9 @@ from pallas_kernels.common import (
     dtype_name,
     quantise,
 )
-from pallas_kernels.paged_attention import Ragged, copy_pool, validate, validate_layout
+from pallas_kernels.paged_attention import Ragged, validate, validate_layout
+from pallas_kernels.paged_attention import copy_pages as copy_pages
+from pallas_kernels.paged_attention.token_major import page_bytes as page_bytes
 
 # Positions per step of the decode loop and of the tile loop; query tokens per tile. The last
 # few tokens of a row, and the few of a row that verifies a draft, take the small tile.
@@ -91,19 +93,6 @@ def allocate(
         jnp.zeros((num_pages, num_kv_heads, page_size), jnp.float32) for _ in range(2)
     )
     return Pages(pages.k, pages.v, k_scale, v_scale)
-
-
-def page_bytes(page_size: int, num_kv_heads: int, head_dim: int, dtype: str) -> int:
-    """Bytes of one page of one layer, its scales included."""
-    validate_layout(1, page_size, num_kv_heads, head_dim)
-    name = dtype_name(dtype, "dtype", PAGE_DTYPES)
-    vector = head_dim * jnp.dtype(name).itemsize + (4 if name in QUANTISED else 0)
-    return page_size * 2 * num_kv_heads * vector
-
-
-def copy_pages(pages: Pages, src: jax.Array, dst: jax.Array) -> Pages:
-    """Page dst[i] becomes what page src[i] was, for every i."""
-    return jax.tree.map(lambda pool: copy_pool(pool, src, dst), pages)
 
 
 def unsupported(spec: Spec | None, target: Target) -> str | None:
