@@ -125,7 +125,6 @@ class Intake:
             params=params,
             max_tokens=max_tokens,
             stop_ids=stop_ids,
-            eos_ids=self.eos_token_ids,
             bad_token_ids=bad_token_ids,
             bias_key=_bias_key(params, bad_token_ids),
             prompt=text,

@@ -1,4 +1,4 @@
-"""The host nouns: SamplingParams, Request, Sequence, StepPlan, Output. Standard library only.
+"""The host nouns: Request, Sequence, Row, StepPlan, RequestOutput. Standard library only.
 
 A Request is what a user asked for; its `n` samples are Sequences, the unit that the scheduler
 moves. A StepPlan says which tokens of which sequences the next device step computes.
@@ -115,10 +115,6 @@ class RequestOutput:
     error: Exception | None = None
 
 
-Output = RequestOutput
-"""DESIGN's noun for what leaves the engine; vLLM's users know it as RequestOutput."""
-
-
 @dataclass(slots=True, eq=False)
 class Request:
     """One prompt to serve. `stop_ids` are the ids that end it (stop_token_ids, and EOS unless
@@ -135,7 +131,6 @@ class Request:
     params: SamplingParams
     max_tokens: int
     stop_ids: frozenset[int] = frozenset()
-    eos_ids: frozenset[int] = frozenset()
     bad_token_ids: tuple[tuple[int, ...], ...] = ()
     bias_key: bytes = b""
     prompt: str | None = None

@@ -245,12 +245,6 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_EPS
 
-    @property
-    def needs_penalties(self) -> bool:
-        return bool(
-            self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
-        )
-
     def clone(self) -> "SamplingParams":
         """An independent copy."""
         return copy.deepcopy(self)

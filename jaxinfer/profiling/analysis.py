@@ -167,16 +167,6 @@ def _group(operations: Sequence[Operation], times: Sequence[float], *, by_name: 
     return sorted(parts.values(), key=lambda part: -part.time)
 
 
-def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """Seconds in which at least one of the intervals lies."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(intervals):
-        if end > reached:
-            total += end - max(start, reached)
-            reached = end
-    return total
-
-
 def _whole_steps(trace: Trace) -> list[int]:
     """Indices of the steps that the trace has from their first operation to their last.
 

@@ -5,7 +5,7 @@ keeps for one linear layer, and give this one record. NumPy only; nothing here k
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import ml_dtypes
@@ -81,21 +81,6 @@ class PackedWeight:
                 some += self.offsets[groups[rows]]
             out[rows] = some
         return out
-
-    def take_outputs(self, order: np.ndarray) -> "PackedWeight":
-        """The matrix with output order[n] at n, [K, len(order)]; the values are moved, not changed.
-
-        ValueError where outputs share a scale, which then could not follow them.
-        """
-        if self.columns != 1:
-            raise ValueError(f"{self.name}: {self.columns} outputs share a scale; none can move")
-        return replace(
-            self,
-            values=self.values[:, order],
-            scales=self.scales[:, order],
-            zeros=None if self.zeros is None else self.zeros[:, order],
-            offsets=None if self.offsets is None else self.offsets[:, order],
-        )
 
     def check_invariants(self) -> None:
         """AssertionError if the record contradicts its own description (our fault)."""

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.profiling import analysis
-from jaxinfer.profiling.analysis import Spread, analyse, covered, shared_times
+from jaxinfer.profiling.analysis import Spread, analyse, shared_times
 from jaxinfer.profiling.events import Operation, Run, Span, Trace, TraceError
+from tests.profiling.xspace import covered
 
 
 def op(start: float, end: float, name="add.1", scope=("a",), run=0, **more) -> Operation:

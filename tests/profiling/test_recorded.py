@@ -10,10 +10,10 @@ import pytest
 from jaxinfer import cli
 from jaxinfer.errors import ConfigError
 from jaxinfer.profiling import reader, record
-from jaxinfer.profiling.analysis import Profile, analyse, covered
+from jaxinfer.profiling.analysis import Profile, analyse
 from tests.helpers import greedy, tiny_llm
 from tests.profiling.conftest import OPTIONS, PROMPTS
-from tests.profiling.xspace import Event, Plane, write
+from tests.profiling.xspace import Event, Plane, covered, write
 
 
 @pytest.fixture(scope="module")

@@ -140,3 +140,13 @@ def _bytes(number: int, value: bytes) -> bytes:
 def metadata(programs: Mapping[str, bytes]) -> Plane:
     """The plane that carries compiled programs, by "name(id)"."""
     return Plane("/host:metadata", metadata={n: {"Hlo Proto": p} for n, p in programs.items()})
+
+
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """Length of what at least one of the intervals (start, end) covers."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        if end > reached:
+            total += end - max(start, reached)
+            reached = end
+    return total

@@ -78,28 +78,6 @@ def test_dequantize_blocks_at_the_ragged_edge():
     np.testing.assert_array_equal(weight.dequantize(), defined(weight), strict=True)
 
 
-@pytest.mark.parametrize("extra", ["zeros", "offsets"])
-def test_take_outputs_moves_whole_columns(extra: str):
-    draw = np.random.default_rng(3)
-    zeros = draw.integers(0, 16, (2, 6), dtype=np.uint8)
-    weight = PackedWeight(
-        name="w",
-        values=draw.integers(0, 16, (8, 6), dtype=np.uint8),
-        scales=draw.standard_normal((2, 6), np.float32),
-        bits=4,
-        group_size=4,
-        zeros=zeros if extra == "zeros" else None,
-        offsets=zeros.astype(np.float32) if extra == "offsets" else None,
-    )
-    order = np.array([5, 0, 2, 1])
-    moved = weight.take_outputs(order)
-    moved.check_invariants()
-    np.testing.assert_array_equal(moved.dequantize(), weight.dequantize()[:, order])
-    blocks = PackedWeight("w", weight.values, weight.scales[:, :3], 4, group_size=4, columns=2)
-    with pytest.raises(ValueError, match="2 outputs share a scale"):
-        blocks.take_outputs(order)
-
-
 def test_a_record_that_contradicts_itself_is_found():
     values = np.full((4, 2), 9, np.int8)
     bad = PackedWeight("w", values, np.ones((1, 2), np.float32), bits=4, group_size=4)

@@ -151,7 +151,6 @@ def test_defaults_are_those_of_vllm():
     assert {name: getattr(params, name) for name in VLLM_DEFAULTS} == VLLM_DEFAULTS
     assert type(params.top_k) is int
     assert not params.is_greedy
-    assert not params.needs_penalties
 
 
 @pytest.mark.parametrize(("name", "value"), cases(REFUSED))
