@@ -20,17 +20,13 @@ from jaxinfer import (
 from tests.helpers import (
     TINY_CONFIG,
     assert_no_leak,
+    greedy,
     tiny_llm,
     tiny_weights,
     write_tiny_model,
 )
 
 SMALL = {"max_num_seqs": 1, "max_num_batched_tokens": 32}
-NAN, INF = math.nan, math.inf
-
-
-def greedy(**fields) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0, "max_tokens": 6, "ignore_eos": True, **fields})
 
 
 # -- engine options --------------------------------------------------------------------
@@ -51,7 +47,7 @@ def greedy(**fields) -> SamplingParams:
         ({"num_pages": None, "kv_cache_memory_bytes": 100}, "no page fits.*kv_cache_memory_bytes"),
         ({"num_pages": 4, "max_model_len": 64}, "needs 8 pages.*the pool has 4.*lower"),
         ({"gpu_memory_utilization": 0}, r"gpu_memory_utilization.*\(0, 1\].*got 0"),
-        ({"gpu_memory_utilization": NAN}, "gpu_memory_utilization.*nan"),
+        ({"gpu_memory_utilization": math.nan}, "gpu_memory_utilization.*nan"),
         ({"dtype": "float8"}, "dtype must be one of auto.*got 'float8'"),
         ({"load_format": "pt"}, "load_format.*'pt'"),
         ({"scheduling_policy": "lifo"}, "scheduling_policy.*'lifo'"),
@@ -182,7 +178,7 @@ def test_tokenizer_larger_than_the_embedding(tmp_path):
     with pytest.raises(TokenizerError, match=r"259.*258|258.*259|258"):
         tiny_llm(folder)
     with tiny_llm(folder, skip_tokenizer_init=True, **SMALL) as llm:
-        assert len(llm.generate([1, 2], greedy())[0].outputs[0].token_ids) == 6
+        assert len(llm.generate([1, 2], greedy())[0].outputs[0].token_ids) == 8
 
 
 # -- capacity --------------------------------------------------------------------------
@@ -195,17 +191,17 @@ def test_a_request_that_can_never_fit(tiny):
             llm.generate([1] * 60, greedy())
         llm.cache_prompt([5] * 32, pin=True)
         for call in (
-            lambda: llm.generate([1] * 50, greedy()),
-            lambda: llm.cache_prompt([1] * 50),
+            lambda: llm.generate([1] * 48, greedy()),
+            lambda: llm.cache_prompt([1] * 48),
         ):
             with pytest.raises(CapacityError, match=r"needs 7 pages.*not pinned"):
                 call()
-        outputs = llm.generate([[1] * 50, [1] * 20], greedy())
+        outputs = llm.generate([[1] * 48, [1] * 20], greedy())
         assert isinstance(outputs[0].error, CapacityError)
         assert outputs[1].error is None
         assert llm.generate([5] * 40, greedy())[0].num_cached_tokens == 32
         llm.unpin_prompt([5] * 32)
-        assert llm.generate([1] * 50, greedy())[0].error is None
+        assert llm.generate([1] * 48, greedy())[0].error is None
         assert_no_leak(llm)
 
 

@@ -7,18 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxinfer import (
-    LLM,
-    InvalidRequestError,
-    SamplingParams,
-)
-from tests.helpers import (
-    VOCAB_SIZE,
-    assert_no_leak,
-    tiny_llm,
-)
+from jaxinfer import LLM, InvalidRequestError, SamplingParams
+from tests.helpers import VOCAB_SIZE, greedy, tiny_llm
 
-SMALL = {"max_num_seqs": 1, "max_num_batched_tokens": 32}
 NAN, INF = math.nan, math.inf
 
 
@@ -34,16 +25,10 @@ def good_tokens(shared) -> list[int]:
 
 
 @pytest.fixture
-def llm(shared: LLM, good_tokens):
-    """The module's engine; after the test a good request succeeds and no page is gone."""
-    shared.reset_prefix_cache()
-    yield shared
-    assert shared.generate("a good one", greedy())[0].outputs[0].token_ids == good_tokens
-    assert_no_leak(shared)
-
-
-def greedy(**fields) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0, "max_tokens": 6, "ignore_eos": True, **fields})
+def llm(llm: LLM, good_tokens):
+    """As in all modules; after the test a good request succeeds, too."""
+    yield llm
+    assert llm.generate("a good one", greedy())[0].outputs[0].token_ids == good_tokens
 
 
 # -- sampling parameters ---------------------------------------------------------------
@@ -55,7 +40,7 @@ BAD_PARAMS: list[tuple[str, Any]] = [
     *[("min_p", v) for v in (1.5, -0.1, NAN)],
     *[("top_k", v) for v in (-2, 1.5, True, "5")],
     *[("max_tokens", v) for v in (0, -1, 1.5, True, 2**31, 2**63, HUGE)],
-    *[("min_tokens", v) for v in (-1, 7, 1.0)],
+    *[("min_tokens", v) for v in (-1, 9, 1.0)],
     *[("n", v) for v in (0, -1, 2, 17, 16385, 10**9, 1.0, True)],  # 2: the request is greedy
     *[("seed", v) for v in (2**63, -(2**63) - 1, 1.5, True, "1")],
     *[("stop", v) for v in ("", [""], ["x"] * 17, "x" * 257, [1], 5, b"x")],
@@ -146,7 +131,7 @@ BAD_PROMPTS: list[tuple[Any, str]] = [
     ({1, 2}, "set"),
     ([1] * 128, r"128 tokens.*max_model_len is 128"),
     ([1] * 129, r"129 tokens"),
-    ("x" * 127, r"127 tokens.*max_tokens \(6\).*128.*<= 1"),
+    ("x" * 127, r"127 tokens.*max_tokens \(8\).*128.*<= 1"),
     ("a" * 2_000_000, "characters.*max_model_len=128"),
     ("👩" * 500_000, "characters.*max_model_len=128"),
     (" " * 2_000_000, "characters.*max_model_len=128"),
@@ -193,8 +178,8 @@ def test_a_list_of_one_bad_prompt_does_not_raise(llm):
 
 def test_prompts_at_the_edge_of_the_context(llm):
     assert len(llm.generate([1] * 127, greedy(max_tokens=1))[0].outputs[0].token_ids) == 1
-    exact = llm.generate([1] * 122, greedy())[0].outputs[0]
-    assert (len(exact.token_ids), exact.finish_reason) == (6, "length")
+    exact = llm.generate([1] * 120, greedy())[0].outputs[0]
+    assert (len(exact.token_ids), exact.finish_reason) == (8, "length")
     repeated = llm.generate([7] * 100, greedy(max_tokens=28))[0].outputs[0]
     assert repeated.finish_reason == "length"
 

@@ -13,14 +13,17 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxinfer import LLM, ConfigError, SamplingParams, kv_cache
-from tests.helpers import TINY_CONFIG, assert_no_leak, tiny_llm, tiny_weights, write_tiny_model
+from jaxinfer import LLM, ConfigError, kv_cache
+from tests.helpers import (
+    TINY_CONFIG,
+    assert_no_leak,
+    greedy,
+    tiny_llm,
+    tiny_weights,
+    write_tiny_model,
+)
 
 SMALL = {"max_num_seqs": 1, "max_num_batched_tokens": 32}
-
-
-def greedy(**fields) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0, "max_tokens": 6, "ignore_eos": True, **fields})
 
 
 def live_bytes() -> int:

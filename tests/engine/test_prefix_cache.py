@@ -28,13 +28,6 @@ def shared(tiny):
 
 
 @pytest.fixture
-def llm(shared: LLM):
-    shared.reset_prefix_cache()
-    yield shared
-    assert_no_leak(shared)
-
-
-@pytest.fixture
 def clock(llm, monkeypatch):
     made = FakeClock()
     monkeypatch.setattr(llm.engine.scheduler._roster, "clock", made)
