@@ -164,8 +164,8 @@ def _read_line(source: Path, number: int, line: bytes, is_json: bool) -> str:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         value = json.loads(text) if is_json else text
     except (ValueError, RecursionError) as error:
-        kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
-        raise InvalidRequestError(f"{where}: not {kind} ({error})") from None
+        wanted = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
+        raise InvalidRequestError(f"{where}: not {wanted} ({error}); save it as {wanted}") from None
     if isinstance(value, dict):
         reject_unknown(where, value, ("prompt",))
         value = value.get("prompt")
@@ -271,7 +271,7 @@ def _ask(interactive: bool) -> str | None:
     except EOFError:
         return None
     except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"standard input: not UTF-8 ({error})") from None
+        raise InvalidRequestError(f"standard input: not UTF-8 ({error}); convert it") from None
 
 
 def _answer(llm: LLM, messages: list, params: SamplingParams) -> str:
@@ -356,7 +356,9 @@ def _read_text(path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"{path}: not UTF-8 ({error})", param="text") from None
+        raise InvalidRequestError(
+            f"{path}: not UTF-8 ({error}); save it as UTF-8", param="text"
+        ) from None
 
 
 # -- profile

@@ -217,8 +217,9 @@ class EngineConfig:
     compilation_cache_dir: str | None = "~/.cache/jaxinfer/xla"
     """Where compiled programs are kept for the next start; None: JAX's own setting."""
     attention_impl: Literal["auto", "reference", "xla", "tpu", "mosaic_gpu", "interpret"] = "auto"
-    """Which implementation of paged attention; "auto": the Pallas kernel on a GPU and a TPU, "xla"
-    on a CPU. "interpret" is the TPU's kernel, interpreted on a CPU: for tests."""
+    """Which implementation of paged attention; "auto": the Pallas kernel on a TPU and on a Hopper
+    GPU where it can serve the model, else "xla". "interpret" is the TPU's kernel, interpreted on a
+    CPU: for tests."""
     tensor_parallel_size: int = 1
     """Devices to split each layer over; only 1 for now."""
     verbose: bool | None = None
@@ -230,7 +231,9 @@ class EngineConfig:
             if name in known:
                 continue
             if name in _LATER:
-                raise ConfigError(f"{name}: {_LATER[name]} is not available yet", field=name)
+                raise ConfigError(
+                    f"{name}: {_LATER[name]} is not available yet; leave it out", field=name
+                )
             if name in _RENAMED:
                 raise ConfigError(f"{name} is not an option here; use {_RENAMED[name]}", field=name)
             near = difflib.get_close_matches(name, known, n=1)

@@ -288,7 +288,11 @@ class Intake:
         if not params.bad_words:
             return ()
         if self.tokenizer is None:
-            raise InvalidRequestError("bad_words need a tokenizer", param="bad_words")
+            raise InvalidRequestError(
+                "bad_words need a tokenizer, and this engine has none "
+                "(skip_tokenizer_init=True); use logit_bias or allowed_token_ids",
+                param="bad_words",
+            )
         found: dict[tuple[int, ...], None] = {}
         for word in params.bad_words:
             bare = word.lstrip()

@@ -287,7 +287,9 @@ class LLM:
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises ConfigError where skip_tokenizer_init left it out."""
         if self._tokenizer is None:
-            raise ConfigError("this engine has no tokenizer (skip_tokenizer_init=True)")
+            raise ConfigError(
+                "this engine has no tokenizer; make the LLM without skip_tokenizer_init=True"
+            )
         return self._tokenizer
 
     def get_metrics(self) -> dict[str, float | int]:

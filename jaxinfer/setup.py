@@ -144,7 +144,10 @@ def _refuse_contradictions(config: EngineConfig) -> None:
         )
     for name in ("tokenizer", "chat_template"):
         if config.skip_tokenizer_init and getattr(config, name) is not None:
-            raise ConfigError(f"{name} has no meaning with skip_tokenizer_init=True", field=name)
+            raise ConfigError(
+                f"{name} has no meaning with skip_tokenizer_init=True; leave one of them out",
+                field=name,
+            )
     for name, unset in (("quantization_group_size", None), ("quantize_lm_head", False)):
         value = getattr(config, name)
         if config.quantization is None and value != unset:

@@ -108,7 +108,8 @@ class Scheduler:
         limit = min(prompt_len + request.max_tokens, self.config.max_model_len)
         if request.request_id in self._roster.requests:
             raise InvalidRequestError(
-                f"request_id {request.request_id!r} is in use by a request that has not ended",
+                f"request_id {request.request_id!r} is in use by a request that has not ended; "
+                f"ids must be unique",
                 param="request_id",
                 value=request.request_id,
             )
