@@ -99,17 +99,7 @@ def generate(
     )
     draw = partial(_draw, model, choose, unused if key is None else key, eos, vocab, lengths)
     hidden, layers = _prefill(model, params, pages.layers, table, page_size, tokens, lengths)
-    history = jnp.pad(tokens.astype(jnp.int32), ((0, 0), (0, max_new_tokens)))
-    zeros = jnp.zeros((rows, max_new_tokens))
-    state = _State(
-        step=jnp.int32(0),
-        layers=layers,
-        history=history,
-        kv_lens=lengths,
-        done=jnp.zeros((rows,), bool),
-        out=Generated(zeros.astype(jnp.int32), jnp.zeros((rows,), jnp.int32), zeros),
-    )
-    state = draw(params, hidden, state)
+    state = draw(params, hidden, _start(layers, tokens, lengths, max_new_tokens))
 
     def more(state: _State):
         return (state.step < max_new_tokens) & ~jnp.all(state.done)
@@ -119,6 +109,20 @@ def generate(
         return draw(params, hidden, state)
 
     return jax.lax.while_loop(more, body, state).out
+
+
+def _start(layers: tuple, tokens, lengths: jax.Array, max_new_tokens: int) -> _State:
+    """Nothing is generated yet."""
+    rows = len(lengths)
+    zeros = jnp.zeros((rows, max_new_tokens))
+    return _State(
+        step=jnp.int32(0),
+        layers=layers,
+        history=jnp.pad(tokens.astype(jnp.int32), ((0, 0), (0, max_new_tokens))),
+        kv_lens=lengths,
+        done=jnp.zeros((rows,), bool),
+        out=Generated(zeros.astype(jnp.int32), jnp.zeros((rows,), jnp.int32), zeros),
+    )
 
 
 def _check(model: Model, tokens, lengths, max_new_tokens, choose: SamplingParams, key):

@@ -144,17 +144,13 @@ def make_plan(
         CapacityError: the model alone does not fit, or not one request of the given max_model_len
         does.
     """
-    config = model.config
-    itemsize = jnp.dtype(model.dtype).itemsize
     both = [model] if draft is None else [model, draft]
     weights = sum(
         leaf.size * leaf.dtype.itemsize
         for leaf in jax.tree_util.tree_leaves([each.shapes() for each in both])
     )
-    width = max(_width(each.config) for each in both)
-    activations = max_num_batched_tokens * width * max(itemsize, 4)
-    activations += 4 * max_num_rows * config.vocab_size * 4  # logits, scaled, noise, counts
-    sampler = (max_num_rows + 1) * config.vocab_size * 4
+    activations = _activations(both, max_num_batched_tokens, max_num_rows)
+    sampler = (max_num_rows + 1) * model.config.vocab_size * 4
     page_bytes = sum(each.page_bytes(page_size) + page_size * 4 for each in both)
     limit = None if device_bytes is None else int(device_bytes * request.gpu_memory_utilization)
     fixed = weights + activations + sampler
@@ -167,39 +163,9 @@ def make_plan(
             need=fixed,
             have=limit,
         )
-    wanted_len = max_model_len or config.max_position
-    pages_per_request = -(-wanted_len // page_size)
-    if request.num_pages is not None:
-        usable = request.num_pages
-    else:
-        if request.kv_cache_memory_bytes is not None:
-            room = request.kv_cache_memory_bytes
-        else:
-            room = CPU_KV_BYTES if limit is None else limit - fixed
-        usable = min(room // page_bytes - 1, pages_per_request * max_num_seqs)
-    if limit is not None and (usable + 1) * page_bytes + fixed > limit:
-        raise CapacityError(
-            f"{usable + 1} pages need {_size((usable + 1) * page_bytes)} but only "
-            f"{_size(limit - fixed)} are left beside the weights; lower num_pages or "
-            f"kv_cache_memory_bytes, or leave both out",
-            need=(usable + 1) * page_bytes,
-            have=limit - fixed,
-        )
-    if usable < 1:
-        raise CapacityError(
-            f"no page fits: one page of {page_size} tokens takes {_size(page_bytes)}; raise "
-            f"kv_cache_memory_bytes",
-            need=2 * page_bytes,
-        )
-    fits = min(wanted_len, usable * page_size)
-    if max_model_len is not None and fits < max_model_len:
-        raise CapacityError(
-            f"max_model_len={max_model_len} needs {pages_per_request} pages of {page_size} tokens "
-            f"but the pool has {usable}; lower max_model_len to {fits} or give "
-            f"the pages more memory",
-            need=pages_per_request,
-            have=usable,
-        )
+    most = -(-(max_model_len or model.config.max_position) // page_size) * max_num_seqs
+    room = None if limit is None else limit - fixed
+    usable = _usable_pages(request, room, page_size, page_bytes, most)
     return MemoryPlan(
         weights=weights,
         pages=(usable + 1) * page_bytes,
@@ -209,6 +175,58 @@ def make_plan(
         num_pages=usable + 1,
         page_size=page_size,
         page_dtype=model.page_dtype,
-        max_model_len=fits,
+        max_model_len=_fitting_len(model.config, max_model_len, usable, page_size),
         max_num_seqs=max_num_seqs,
     )
+
+
+def _activations(models: list[Model], num_tokens: int, num_rows: int) -> int:
+    """Bytes of a step's, at most: one model runs at a time, the first with the sampler."""
+    width = max(_width(model.config) for model in models)
+    first = models[0]
+    logits = 4 * num_rows * first.config.vocab_size * 4  # logits, scaled, noise, counts
+    return num_tokens * width * max(jnp.dtype(first.dtype).itemsize, 4) + logits
+
+
+def _usable_pages(
+    request: MemoryRequest, room: int | None, page_size: int, page_bytes: int, most: int
+) -> int:
+    """Pages beside page 0: what `request` says, or what fits and is of use (`most`). `room` is what
+    the device has for them, None where it does not say."""
+    if request.num_pages is not None:
+        usable = request.num_pages
+    else:
+        given = request.kv_cache_memory_bytes
+        if given is None:
+            given = CPU_KV_BYTES if room is None else room
+        usable = min(given // page_bytes - 1, most)
+    taken = (usable + 1) * page_bytes
+    if room is not None and taken > room:
+        raise CapacityError(
+            f"{usable + 1} pages need {_size(taken)} but only {_size(room)} are left beside the "
+            f"weights; lower num_pages or kv_cache_memory_bytes, or leave both out",
+            need=taken,
+            have=room,
+        )
+    if usable < 1:
+        raise CapacityError(
+            f"no page fits: one page of {page_size} tokens takes {_size(page_bytes)}; raise "
+            f"kv_cache_memory_bytes",
+            need=2 * page_bytes,
+        )
+    return usable
+
+
+def _fitting_len(config: ModelConfig, wanted: int | None, usable: int, page_size: int) -> int:
+    """Tokens of the longest sequence that the model and `usable` pages hold. CapacityError where it
+    is shorter than `wanted`, the user's max_model_len."""
+    fits = min(wanted or config.max_position, usable * page_size)
+    if wanted is not None and fits < wanted:
+        need = -(-wanted // page_size)
+        raise CapacityError(
+            f"max_model_len={wanted} needs {need} pages of {page_size} tokens but the pool has "
+            f"{usable}; lower max_model_len to {fits} or give the pages more memory",
+            need=need,
+            have=usable,
+        )
+    return fits

@@ -93,12 +93,7 @@ def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
         config = _decide(config, source.name, dtype, platform, source.config, speculative)
         lanes = setup_draft.num_lanes(config, speculative)
         plan = _memory(config, model, lanes, draft.model if draft else None)
-        config = dataclasses.replace(
-            config,
-            max_model_len=plan.max_model_len,
-            num_pages=plan.num_pages - 1,
-            kv_cache_memory_bytes=plan.pages,
-        )
+        config = _with_plan(config, plan)
         if verbose:
             _say(f"attention: {ops.name} ({ops.reason})\n{plan}")
             if model.formats:
@@ -126,8 +121,7 @@ def assemble(config: EngineConfig, first_prompts: Sequence[Any] = ()) -> Parts:
     if draft is not None and draft.runner is not None:
         engine.runners.append(draft.runner)
     if verbose:
-        names = ", ".join(str(b) for b in engine.runner.buckets)
-        _say(f"buckets: {names}\n{describe(config)}")
+        _say(f"buckets: {', '.join(map(str, engine.runner.buckets))}\n{describe(config)}")
     return Parts(config, model, engine, tokenizer, plan)
 
 
@@ -209,6 +203,15 @@ def _decide(
         kv_cache_dtype="fp8" if config.kv_cache_dtype == "fp8_e4m3" else config.kv_cache_dtype,
         max_num_seqs=rows,
         max_num_batched_tokens=tokens,
+    )
+
+
+def _with_plan(config: EngineConfig, plan: kv_cache.MemoryPlan) -> EngineConfig:
+    return dataclasses.replace(
+        config,
+        max_model_len=plan.max_model_len,
+        num_pages=plan.num_pages - 1,
+        kv_cache_memory_bytes=plan.pages,
     )
 
 
