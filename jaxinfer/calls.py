@@ -30,6 +30,7 @@ class Calls:
         self._num_ids = 0
 
     def new_id(self) -> str:
+        """An id for a request that its caller gave none."""
         self._num_ids += 1
         return f"generate-{self._num_ids}"
 

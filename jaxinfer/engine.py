@@ -18,7 +18,7 @@ import numpy as np
 from jaxinfer.batch import Builder, HostBatch, StepResult
 from jaxinfer.bias import BiasRows
 from jaxinfer.errors import EngineDeadError, InvalidRequestError, JaxInferError
-from jaxinfer.intake import Intake, check_id
+from jaxinfer.intake import Intake
 from jaxinfer.metrics import Metrics, StepStats
 from jaxinfer.outbox import Outbox
 from jaxinfer.outputs import LogprobReader
@@ -77,7 +77,6 @@ class Engine:
         self.speculator = speculator
         self._clock = clock
         self._in_flight: deque[_InFlight] = deque()
-        self._next_id = 0
         self._dead: BaseException | None = None
         self._admitted = False
         """The newest plan took prompts in."""
@@ -104,18 +103,10 @@ class Engine:
             pool, or too many wait. The engine is unchanged then.
         """
         self.check_alive()
-        if request_id is None:
-            request_id = str(self._next_id)
-            self._next_id += 1
-        check_id(request_id)
-        if request_id in self._outbox:
-            raise InvalidRequestError(
-                f"request_id {request_id!r:.100} is in use; ids must be unique", param="request_id"
-            )
         request = self.intake.request(
             prompt,
             params,
-            request_id=request_id,
+            request_id=self._outbox.free_id(request_id),
             priority=priority,
             add_special_tokens=add_special_tokens,
             cache_only=cache_only,
@@ -147,6 +138,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
+        """Whether `step` has anything to compute, to collect or to hand out."""
         return bool(self.scheduler.has_work or self._in_flight or self._outbox.has_news)
 
     # -- the loop ---------------------------------------------------------------------------------
@@ -361,9 +353,11 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
+        """Whether it can be used: not closed, and met by no fault."""
         return self._dead is None
 
     def check_alive(self) -> None:
+        """Raises EngineDeadError unless `is_alive`."""
         if self._dead is not None:
             raise EngineDeadError(f"this engine has ended ({self._dead}); make a new LLM") from (
                 self._dead

@@ -52,14 +52,6 @@ def per_prompt(value: Any, count: int, name: str) -> list[Any]:
     return list(value)
 
 
-def check_id(request_id: object) -> None:
-    """Raises InvalidRequestError unless it is a non-empty string."""
-    if not isinstance(request_id, str) or not request_id:
-        raise InvalidRequestError(
-            f"request_id must be a non-empty string; got {request_id!r:.100}", param="request_id"
-        )
-
-
 class Intake:
     """Makes Requests for one engine. `tokenizer` is None where it was skipped: token ids only."""
 

@@ -5,6 +5,7 @@ The engine fills it as steps come back; whose outputs are whose caller's is the 
 
 from collections.abc import Callable
 
+from jaxinfer.errors import InvalidRequestError
 from jaxinfer.metrics import Metrics
 from jaxinfer.outputs import LogprobReader, RequestState
 from jaxinfer.request import Request, RequestOutput, Row, Sequence
@@ -22,9 +23,23 @@ class Outbox:
         self._states: dict[str, RequestState] = {}
         self._changed: dict[str, None] = {}
         """Ids with something new, in the order in which it came."""
+        self._next_id = 0
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._states
+    def free_id(self, wanted: str | None) -> str:
+        """The id of a new request: the one wanted, or the next number. Raises InvalidRequestError
+        where it is no id or another's."""
+        if wanted is None:
+            wanted = str(self._next_id)
+            self._next_id += 1
+        if not isinstance(wanted, str) or not wanted:
+            raise InvalidRequestError(
+                f"request_id must be a non-empty string; got {wanted!r:.100}", param="request_id"
+            )
+        if wanted in self._states:
+            raise InvalidRequestError(
+                f"request_id {wanted!r:.100} is in use; ids must be unique", param="request_id"
+            )
+        return wanted
 
     @property
     def request_ids(self) -> list[str]:

@@ -236,6 +236,7 @@ class Runner:
 
     @property
     def num_programs(self) -> int:
+        """Programs that a warm-up makes: one for each bucket, and the target's two small ones."""
         return len(self.buckets) + 2 * self._is_target
 
     def _note_compiles(self, before: int, bucket: Bucket) -> None:

@@ -60,6 +60,7 @@ class Parts:
 
 
 def is_verbose(config: EngineConfig) -> bool:
+    """Whether plan and progress are shown: as asked, else where standard error is a terminal."""
     return sys.stderr.isatty() if config.verbose is None else config.verbose
 
 

@@ -34,6 +34,7 @@ def open_source(config: EngineConfig) -> weights.ModelSource:
 
 
 def choose_dtype(config: EngineConfig, model_config: ModelConfig, platform: str) -> str:
+    """Of weights and activations: float32 on a CPU, elsewhere the checkpoint's, unless given."""
     if config.dtype != "auto":
         return config.dtype
     return "float32" if platform == "cpu" else model_config.dtype
@@ -47,6 +48,8 @@ def page_dtype(config: EngineConfig, dtype: str) -> str:
 def resolve_ops(
     config: EngineConfig, model_config: ModelConfig, dtype: str, platform: str
 ) -> dispatch.Ops:
+    """The operations for this model and device. Raises ConfigError where those asked for cannot
+    serve it."""
     spec = dispatch.Spec(
         num_heads=model_config.num_heads,
         num_kv_heads=model_config.num_kv_heads,
@@ -163,6 +166,8 @@ def _refuse(message: str, field: str = "quantization") -> NoReturn:
 
 
 def open_tokenizer(config: EngineConfig, source: weights.ModelSource) -> Tokenizer | None:
+    """The tokenizer given or the model's own. Raises TokenizerError where it cannot be read or has
+    ids that the model has not."""
     if config.skip_tokenizer_init:
         return None
     if config.tokenizer is not None:
@@ -180,6 +185,7 @@ def open_tokenizer(config: EngineConfig, source: weights.ModelSource) -> Tokeniz
 def load_params(
     config: EngineConfig, source: weights.ModelSource, model: Model, verbose: bool
 ) -> dict:
+    """The weights on the device, quantised as `model` says; random ones for load_format "dummy"."""
     if config.load_format == "dummy":
         return model.init_params(jax.random.key(config.seed & 0xFFFFFFFF))
 
