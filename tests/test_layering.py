@@ -40,7 +40,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "step": {"batch", "sampling", "kv_cache", "models", "jax", "pallas_kernels"},
     "draft": {"batch", "kv_cache", "models", "sampling", "step", "jax", "pallas_kernels"},
     "runner": {
-        "draft",
         "request",
         "step",
         "batch",
@@ -103,15 +102,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "intake",
         "kv_cache",
         "models",
-        "params",
-        "quant",
         "runner",
         "scheduling",
         "setup_draft",
         "setup_model",
         "speculative",
         "tokenizer",
-        "weights",
         "jax",
     },
     "quantize": {
@@ -127,13 +123,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "mailbox": {"engine", "interrupts", "request"},
     "calls": HOST | {"engine", "intake", "interrupts", "mailbox", "outputs"},
-    "llm": HOST
-    | {"calls", "engine", "intake", "mailbox", "profiling", "runner", "setup", "tokenizer"},
+    "llm": HOST | {"calls", "intake", "mailbox", "profiling", "runner", "setup", "tokenizer"},
     "cli_commands": HOST,
     "evaluate": HOST | {"llm", "tokenizer"},
     "cli": HOST | {"cli_commands", "evaluate", "llm", "profiling"},
     "__main__": {"cli"},
-    "__init__": HOST | {"_gc", "llm", "generate", "setup"},
+    "__init__": HOST | {"_gc", "llm", "generate"},
 }
 
 
