@@ -5,6 +5,7 @@ Found through the entry point group "pallas_kernels.aot", so that the kernels kn
 engine.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jaxinfer import kv_cache, models, weights
 from jaxinfer.batch import Layout
 from jaxinfer.buckets import Bucket
+from jaxinfer.quant import schemes
 from jaxinfer.step import step
 from pallas_kernels import Spec, resolve
 from pallas_kernels.aot import CHIPS, Program
@@ -62,7 +64,10 @@ _PLANS: dict[str, tuple[str, dict[str, Any], int, int, int, int]] = {
 }
 _MAX_MODEL_LEN = 8192
 _QUANTISED_ON = ("v6e", "h200")
-"""Chips for which the mixed step, which has the kernels of both, is there with 8-bit pages too."""
+"""Chips for which the mixed step, which has the kernels of both, is there with 8-bit pages too, and
+both steps of a model of _FEW_LAYERS with quantised weights."""
+_SCHEMES = ("int8", "int8_weight_only", "int4", "fp8")
+_FEW_LAYERS = 2
 
 
 def programs(chip_name: str) -> list[Program]:
@@ -72,27 +77,37 @@ def programs(chip_name: str) -> list[Program]:
         return []
     rows, tokens = _PLANS[chip_name][4:]
     decode, mixed = Bucket(rows, rows), Bucket(tokens, rows)
-    asked = [("bfloat16", decode), ("bfloat16", mixed)]
+    found = [_program(chip_name, "bfloat16", bucket) for bucket in (decode, mixed)]
     if chip_name in _QUANTISED_ON:
-        asked += [("int8", mixed), ("float8_e4m3fn", mixed)]
-    return [_program(chip_name, page_dtype, bucket) for page_dtype, bucket in asked]
+        found += [_program(chip_name, dtype, mixed) for dtype in ("int8", "float8_e4m3fn")]
+        for scheme in _SCHEMES:
+            found += [_program(chip_name, "bfloat16", b, scheme) for b in (decode, mixed)]
+    return found
 
 
-def _program(chip_name: str, page_dtype: str, bucket: Bucket) -> Program:
-    """The step of `bucket` in bfloat16 with pages of `page_dtype`."""
+def _program(chip_name: str, page_dtype: str, bucket: Bucket, scheme: str | None = None) -> Program:
+    """The step of `bucket` in bfloat16 with pages of `page_dtype`; with weights quantised as
+    `scheme` says, that of the model's first layers and its head."""
     chip = CHIPS[chip_name]
     name, hf_config, page_memory, page_size, rows, _ = _PLANS[chip_name]
+    if scheme is not None:
+        page_memory = page_memory * _FEW_LAYERS // hf_config["num_hidden_layers"]
+        hf_config = hf_config | {"num_hidden_layers": _FEW_LAYERS}
     config = weights.config_from_hf(hf_config, None)
     spec = Spec(
         config.num_heads, config.num_kv_heads, config.head_dim, page_size, "bfloat16", page_dtype
     )
     ops = resolve("auto", chip.platform, spec=spec, device_kind=chip.device_kind)
     model = models.build(config, ops, "bfloat16", page_dtype)
+    if scheme is not None:
+        formats = schemes.choose(scheme, model.rules, config, head=True)
+        model = replace(model, formats=formats)
     num_pages = page_memory // model.page_bytes(page_size)
     pages = jax.eval_shape(partial(kv_cache.allocate, model, num_pages, page_size))
     layout = Layout(bucket, pages_per_row=_MAX_MODEL_LEN // page_size)
     moves_scales = ops.name == "tpu" and page_dtype in QUANTISED
     kind = "" if page_dtype == "bfloat16" else f" {page_dtype} pages"
+    kind += "" if scheme is None else f" {scheme}, {_FEW_LAYERS} layers"
     return Program(
         name=f"step {name} {bucket}{kind}",
         function=partial(step, model, layout, num_top=20, valid_vocab=config.vocab_size),

@@ -16,6 +16,7 @@ from pallas_kernels.quant_matmul import Format
 
 FORMATS = {
     "w8a8": Format("int8", activations="int8"),
+    "w8a16": Format("int8", activations="int16"),
     "int8": Format("int8"),
     "int4 groups of 128": Format("int4", group_size=128),
     "int4 groups of 128, zeros": Format("int4", group_size=128, zero_points=True),
@@ -42,6 +43,14 @@ OTHERS = (
     (Format("float8_e4m3fn"), 1536, 576, 8, "bfloat16"),
     (Format("float8_e4m3fn", group_size=128), 4096, 4096, 64, "bfloat16"),
     (Format("int8", activations="int8"), 576, 1536, 1, "bfloat16"),
+    (Format("int8", activations="int16"), 576, 1536, 1, "bfloat16"),
+    # The most rows that the kernel for Hopper takes.
+    (Format("int8", activations="int8"), 4096, 4096, 256, "bfloat16"),
+    (Format("int8", activations="int16"), 4096, 14336, 128, "bfloat16"),
+    (Format("int8"), 14336, 4096, 512, "bfloat16"),
+    (Format("int4", group_size=128), 4096, 14336, 512, "bfloat16"),
+    (Format("int4"), 4096, 4096, 512, "bfloat16"),
+    (Format("float8_e4m3fn"), 4096, 4096, 512, "float16"),
     (Format("int8"), 576, 576, 40, "float32"),
     (Format("int4", group_size=128), 4096, 4096, 64, "float32"),
 )

@@ -7,11 +7,12 @@ into its dtype in registers and are the wgmma's A operand from there, int8 and f
 shared memory. Columns of `data` are called lanes: for int4 a lane holds two elements of one group,
 and x comes in two parts, which fit its low and its high halves.
 
-The sum of each tile is scaled and added in registers: so scales of groups cost no rounding of
-weights, and fp8 is summed in float32, where the tensor cores alone keep about 14 bits. Zero points
-are taken off the weights, exactly. K is split over blocks where outputs are too few for the chip.
+A tile is multiplied piece by piece, each within one group, and the sum of each piece is scaled and
+added in registers: so scales of groups cost no rounding of weights, and fp8 is summed in float32,
+where the tensor cores alone keep about 14 bits. Zero points are taken off the weights, exactly. K
+is split over blocks where outputs are too few for the chip.
 
-Above MOST_ROWS each weight is used often enough to pay for a float copy of it.
+Above `most_rows` each weight is used often enough to pay for a float copy of it.
 """
 
 from dataclasses import dataclass, replace
@@ -29,12 +30,17 @@ from pallas_kernels.mosaic_gpu import Accumulator, load, missing
 from pallas_kernels.paged_attention.mosaic_gpu_tiles import compiler_params, swizzled
 from pallas_kernels.quant_matmul import Format, digits, validate, xla
 
-MOST_ROWS = 256
 ROWS = 64  # of one warpgroup's wgmma
-MOST_WIDTH = 64  # rows of x in a block: a sum and a product of 32 registers each
+MOST_LANES = 128  # of a step
+MOST_WIDTH = 128  # rows of x in a block: a sum and a product of 64 registers each
+# Rows of x in a block for which registers suffice as they are dealt out, without taking some from
+# the warpgroup that copies.
+FEW_ROWS = 64
 MULTIPROCESSORS = 132
 SHARED_BYTES = 208 << 10  # of a multiprocessor, with room for what the compiler wants
 MOST_STAGES = 8
+FEWEST_STAGES = 3  # for which a rule makes tiles smaller
+LEAST_PIECE = 16  # lanes: what a wgmma of 16 bits takes at once
 i32 = jnp.int32
 
 
@@ -63,44 +69,61 @@ def unsupported(format: Format, n: int, k: int, dtype: Any, target: Target) -> s
     if n % ROWS:
         return f"N is {n}; mosaic_gpu needs a multiple of {ROWS}"
     least = 32 if format.activations == "float" else 64
-    if _tile(format, k) < least:
+    if _tile(format, k) < least or _piece(format, k, MOST_LANES) < LEAST_PIECE:
+        per_lane = k // _lanes(format, k)
         return (
             f"K is {k} and group_size {format.group_size}; mosaic_gpu needs multiples of "
-            f"{2 * least if format.dtype == 'int4' else least} with {format.dtype}"
+            f"{per_lane * least} and {per_lane * LEAST_PIECE} with {format.dtype}"
         )
     return None
+
+
+def most_rows(format: Format) -> int:
+    """Rows up to which the kernel is taken. XLA multiplies many rows at 1.2 to 1.5 times its pace,
+    but for float rows first writes and reads a float copy of the weight, 5 bytes for each of its
+    elements: at 4.3 TB/s what 400 to 900 rows take to multiply."""
+    return 512 if format.activations == "float" else 256
 
 
 def _lanes(format: Format, elements: int) -> int:
     return elements // 2 if format.dtype == "int4" else elements
 
 
+def _piece(format: Format, k: int, tile: int) -> int:
+    """Lanes of one product: those of a tile, or as many as are surely of one group."""
+    return gcd(tile, _lanes(format, format.group_size or k))
+
+
 def _tile(format: Format, k: int) -> int:
-    """Lanes of a step: at most 128, a power of two, within one group."""
-    return gcd(128, _lanes(format, k), _lanes(format, format.group_size or k))
+    """The most lanes of a step, a power of two: a product's, or of several short ones."""
+    return gcd(max(64, _piece(format, k, MOST_LANES)), _lanes(format, k))
 
 
 def rule(num_rows: int, n: int, k: int, format: Format) -> Config:
     """Tiles for these shapes: a block for each place on the chip, as far as K can be shared out,
     and as long a ring as fits there. Up to 32 rows leave registers for two blocks on each
     multiprocessor."""
-    tile = _tile(format, k)
-    steps = _lanes(format, k) // tile
     warpgroups = 2 if n % (2 * ROWS) == 0 else 1
     width = _width(num_rows)
-    blocks = n // (warpgroups * ROWS) * -(-num_rows // width)
     places = 2 if width <= 32 else 1
-    most = max(1, places * MULTIPROCESSORS // blocks)
-    splits = max(x for x in range(1, min(most, steps) + 1) if steps % x == 0)
     parts = 2 if format.dtype == "int4" else 1
     itemsize = 2 if format.activations == "float" else 1
-    stage = tile * (warpgroups * ROWS + parts * width * itemsize)
     ring = SHARED_BYTES // places - warpgroups * ROWS * width * 4
-    return Config(warpgroups, tile, min(MOST_STAGES, ring // stage), splits)
+    per_lane = warpgroups * ROWS + parts * width * itemsize
+    tile = _tile(format, k)
+    while tile > 64 and ring < FEWEST_STAGES * tile * per_lane:
+        tile //= 2
+    steps = _lanes(format, k) // tile
+    blocks = n // (warpgroups * ROWS) * -(-num_rows // width)
+    most = max(1, places * MULTIPROCESSORS // blocks)
+    splits = max(x for x in range(1, min(most, steps) + 1) if steps % x == 0)
+    return Config(warpgroups, tile, min(MOST_STAGES, ring // (tile * per_lane)), splits)
 
 
 def _width(num_rows: int) -> int:
-    return min(MOST_WIDTH, -(-num_rows // 8) * 8)
+    """Rows of a block: as few blocks as can be, of like size."""
+    blocks = -(-num_rows // MOST_WIDTH)
+    return -(-num_rows // (8 * blocks)) * 8
 
 
 @jax.named_scope("quant_matmul")
@@ -122,7 +145,7 @@ def quant_matmul(
         raise ValueError(why_not)
     has_digits = format.activations == "int16"
     num_rows = len(x) * (2 if has_digits else 1)
-    if num_rows > MOST_ROWS:
+    if num_rows > most_rows(format):
         return xla.quant_matmul(x, data, scales, zeros, format=format, target=target)
     rows, row_scales = x, None
     if has_digits:
@@ -182,16 +205,26 @@ class _Kernel:
     def is_float(self) -> bool:
         return self.format.activations == "float"
 
+    @property
+    def group_lanes(self) -> int:
+        return _lanes(self.format, self.format.group_size or 0)
+
+    @property
+    def piece(self) -> int:
+        """Lanes of one product."""
+        return gcd(self.config.tile, self.group_lanes)
+
     def call(self, operands: list[jax.Array], target: Target) -> jax.Array:
         config, parts = self.config, self.x_shape[0]
         outputs, tile, stages = config.warpgroups * ROWS, config.tile, config.stages
+        dtype = operands[0].dtype
         smem = {
-            "x": swizzled((stages, parts, self.width, tile), operands[0].dtype),
+            "x": swizzled((stages, parts, self.width, tile), dtype, self.piece * dtype.itemsize),
             "w": swizzled((stages, outputs, tile), operands[1].dtype),
             "out": plgpu.SMEM((outputs, self.width), self.sum_dtype),
         }
         if self.interprets and self.is_float:
-            smem["a"] = swizzled((config.warpgroups, ROWS, tile), self.dtype)
+            smem["a"] = swizzled((config.warpgroups, parts, ROWS, self.piece), dtype)
         bars = {
             "full": plgpu.Barrier(num_arrivals=1 + parts, num_barriers=stages),
             "free": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=stages),
@@ -215,13 +248,18 @@ class _Kernel:
     def body(self, x: Any, data: Any, *rest: Any, smem: Any, bars: Any) -> None:
         *grouped, out = rest
         warpgroup = lax.axis_index("wg")
+        takes_registers = self.width > FEW_ROWS and self.config.warpgroups == 2
 
         @pl.when(warpgroup < self.config.warpgroups)
         def _() -> None:
+            if takes_registers:
+                plgpu.set_max_registers(232, action="increase")
             self.compute(warpgroup, grouped, out, smem, bars)
 
         @pl.when(warpgroup == self.config.warpgroups)
         def _() -> None:
+            if takes_registers:
+                plgpu.set_max_registers(40, action="decrease")
             self.fetch(x, data, smem, bars)
 
     def fetch(self, x: Any, data: Any, smem: Any, bars: Any) -> None:
@@ -247,36 +285,30 @@ class _Kernel:
 
     def compute(self, warpgroup: Any, grouped: list[Any], out: Any, smem: Any, bars: Any) -> None:
         """The sums of 64 outputs."""
-        stages, tile = self.config.stages, self.config.tile
+        stages = self.config.stages
         mine = pl.ds(warpgroup * ROWS, ROWS)
         outputs = self.config.warpgroups * ROWS
         n = pl.ds(lax.axis_index("n") * outputs + warpgroup * ROWS, ROWS)
         first = lax.axis_index("split") * self.steps
-        group_lanes = _lanes(self.format, self.format.group_size or 0)
-
-        def by_group(ref: Any, i: Any) -> jax.Array:
-            """The column of step i in an array [N, groups]."""
-            group = lax.div((first + i) * tile, i32(group_lanes))
-            layout = plgpu.Layout.WGMMA.reduce(1)
-            return load(ref.at[n, group], layout=layout, optimized=False)
 
         def step(i: jax.Array, acc: jax.Array) -> jax.Array:
             slot = lax.rem(i, i32(stages))
-            columns = [by_group(ref, i) for ref in grouped]
+            columns = [self.columns(grouped, n, first + i, piece) for piece in self.pieces]
             plgpu.barrier_wait(bars["full"].at[slot])
             w = smem["w"].at[slot, mine]
-            operands = [w]
             if self.is_float:
-                zero = columns[1] if len(columns) > 1 else None
-                operands = self.values(load(w, layout=plgpu.Layout.WGMMA), zero)
-            for part, a in enumerate(operands):
-                if self.interprets and self.is_float:
-                    smem["a"].at[warpgroup][...] = a  # the interpreter has no A in registers
-                    plgpu.commit_smem()
-                    a = smem["a"].at[warpgroup]
-                sums = self.product(a, smem["x"].at[slot, part].T)
-                if columns:
-                    sums = sums * lax.broadcast_in_dim(columns[0], sums.shape, [0])
+                w = load(w, layout=plgpu.Layout.WGMMA)
+            parts = range(self.x_shape[0])
+            copies = [smem["a"].at[warpgroup, part] for part in parts] if "a" in smem else []
+            for piece, (scale, zero) in zip(self.pieces, columns, strict=True):
+                operands = [w]
+                if self.is_float:
+                    operands = self.values(lax.slice_in_dim(w, *piece, axis=1), zero)
+                lanes = pl.ds(piece[0], self.piece)
+                xs = [smem["x"].at[slot, part, :, lanes] for part in parts]
+                sums = self.product(operands, xs, copies)
+                if scale is not None:
+                    sums = sums * lax.broadcast_in_dim(scale, sums.shape, [0])
                 acc = acc + sums
 
             @pl.when(i + stages < self.steps)
@@ -293,6 +325,22 @@ class _Kernel:
         to = out.at[lax.axis_index("split"), n, t]
         plgpu.copy_smem_to_gmem(smem["out"].at[mine], to)
         plgpu.wait_smem_to_gmem(0)
+
+    @property
+    def pieces(self) -> list[tuple[int, int]]:
+        """The first lane of a tile's pieces, and that behind the last."""
+        starts = range(0, self.config.tile, self.piece)
+        return [(start, start + self.piece) for start in starts]
+
+    def columns(self, grouped: list[Any], n: Any, tile: jax.Array, piece: tuple[int, int]) -> Any:
+        """Scales and zero points, None where there are none, of outputs `n` in a piece of a tile:
+        those of its group, a column of arrays [N, groups]."""
+        layout = plgpu.Layout.WGMMA.reduce(1)
+        found = []
+        for ref in grouped:
+            group = lax.div(tile * self.config.tile + piece[0], i32(self.group_lanes))
+            found.append(load(ref.at[n, group], layout=layout, optimized=False))
+        return found + [None] * (2 - len(found))
 
     def values(self, w: jax.Array, zero: jax.Array | None) -> list[jax.Array]:
         """A tile of the weight without its scale, in x's dtype, for int4 in two parts: exact, since
@@ -313,11 +361,17 @@ class _Kernel:
         zero = zero.astype(dtype)
         return [part - lax.broadcast_in_dim(zero, part.shape, [0]) for part in parts]
 
-    def product(self, a: Any, b: Any) -> jax.Array:
-        """a [64, tile] @ b [tile, T], waited for; `a` in registers or in shared memory."""
+    def product(self, operands: list[Any], xs: list[Any], copies: list[Any]) -> jax.Array:
+        """The sum over parts of a [64, piece] @ x [T, piece]^T, waited for; each `a` in registers
+        or in shared memory, to where the interpreter `copies` those in registers."""
+        for a, copy in zip(operands, copies, strict=False):
+            copy[...] = a
+        if copies:
+            plgpu.commit_smem()
 
         def run(acc: Any) -> jax.Array:
-            plgpu.wgmma(acc, a, b)
+            for a, x in zip(copies or operands, xs, strict=True):
+                plgpu.wgmma(acc, a, x.T)
             return acc[...]
 
         return pl.run_scoped(run, Accumulator((ROWS, self.width), self.sum_dtype))

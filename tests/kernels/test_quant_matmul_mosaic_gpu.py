@@ -16,13 +16,14 @@ from tests.kernels import mosaic_gpu_interpreter, quant_cases
 from tests.kernels.quant_cases import FORMATS, FP8, W8A8
 
 H200 = "NVIDIA H200"
-SECONDS = 400  # for all cases: a barrier that nobody arrives at would wait for ever
+SECONDS = 400  # for a part of the cases: a barrier that nobody arrives at would wait for ever
 INT4 = Format("int4", group_size=128)
+INT4_16 = Format("int4", group_size=16)
 GROUPS = Format("int8", group_size=32)
 
 
 @mosaic_gpu_interpreter.needs_interpreter
-@pytest.mark.parametrize("part", ["int8", "int4", "w8a8", "fp8"])
+@pytest.mark.parametrize("part", ["int8", "int4", "w8a", "fp8", "fault"])
 def test_the_kernel_in_the_interpreter(part: str):
     mosaic_gpu_interpreter.check("mosaic_gpu_quant_cases.py", part, SECONDS)
 
@@ -55,19 +56,29 @@ def test_every_weight_turns_into_x_s_dtype_exactly(dtype: str):
     np.testing.assert_array_equal(np.asarray(got, np.float32), e4m3.astype(np.float32))
 
 
-@pytest.mark.parametrize("format", [W8A8, FP8, INT4, GROUPS, Format("int8")], ids=str)
+@pytest.mark.parametrize(
+    "format", [W8A8, FP8, INT4, GROUPS, FORMATS["int4_32"], Format("int4"), Format("int8")], ids=str
+)
 @pytest.mark.parametrize("shape", [(4096, 4096), (28672, 4096), (4096, 14336), (576, 1536)])
-@pytest.mark.parametrize("num_rows", [1, 8, 65, 256])
+@pytest.mark.parametrize("num_rows", [1, 8, 65, 256, 512])
 def test_the_rule_shares_k_out_whole(format: Format, shape: tuple[int, int], num_rows: int):
     n, k = shape
     config = mosaic_gpu.rule(num_rows, n, k, format)
     lanes = k // 2 if format.dtype == "int4" else k
     assert n % (config.warpgroups * 64) == 0
     assert lanes % (config.tile * config.splits) == 0
-    assert (
-        format.group_size is None or mosaic_gpu._lanes(format, format.group_size) % config.tile == 0
-    )
+    group = mosaic_gpu._lanes(format, format.group_size or k)
+    piece = mosaic_gpu._piece(format, k, config.tile)
+    assert group % piece == 0 and config.tile % piece == 0 and piece >= 16
     assert 2 <= config.stages <= mosaic_gpu.MOST_STAGES
+
+
+@pytest.mark.parametrize("num_rows", range(1, 600))
+def test_blocks_of_rows_are_few_and_alike(num_rows: int):
+    width = mosaic_gpu._width(num_rows)
+    assert width % 8 == 0 and width <= 128
+    blocks = -(-num_rows // width)
+    assert blocks == -(-num_rows // 128) and blocks * width - num_rows < 8 * blocks
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="all is refused there")
@@ -76,8 +87,8 @@ def test_the_rule_shares_k_out_whole(format: Format, shape: tuple[int, int], num
     [
         (INT4, 4096, 4096, "float32", "x.dtype is float32; allowed with mosaic_gpu: bfloat16"),
         (INT4, 4000, 4096, "bfloat16", "N is 4000; mosaic_gpu needs a multiple of 64"),
-        (FORMATS["int4_32"], 64, 4096, "bfloat16", "K is 4096 and group_size 32; .* of 64 with"),
-        (W8A8, 64, 96, "bfloat16", "K is 96 and group_size None; .* multiples of 64 with int8"),
+        (INT4_16, 64, 4096, "bfloat16", "K is 4096 and group_size 16; .* of 64 and 32 with int4"),
+        (W8A8, 64, 96, "bfloat16", "K is 96 and group_size None; .* of 64 and 16 with int8"),
     ],
 )
 def test_what_it_cannot_do_is_refused_and_left_to_xla(
