@@ -49,7 +49,17 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors",
         "jax",
     },
-    "aot": {"batch", "buckets", "kv_cache", "models", "step", "weights", "jax", "pallas_kernels"},
+    "aot": {
+        "batch",
+        "buckets",
+        "kv_cache",
+        "models",
+        "quant",
+        "step",
+        "weights",
+        "jax",
+        "pallas_kernels",
+    },
     "generate": {
         "batch",
         "bias",
