@@ -79,9 +79,10 @@ def unsupported(format: Format, n: int, k: int, dtype: Any, target: Target) -> s
 
 
 def most_rows(format: Format) -> int:
-    """Rows up to which the kernel is taken. XLA multiplies many rows at 1.2 to 1.5 times its pace,
-    but for float rows first writes and reads a float copy of the weight, 5 bytes for each of its
-    elements: at 4.3 TB/s what 400 to 900 rows take to multiply."""
+    """Rows up to which the kernel is taken. XLA writes and reads a float copy of the weight for
+    float rows, 5 bytes an element, at 4.3 TB/s the time of 400 rows; then it multiplies at about
+    700 TFLOP/s, where 128 x 128 blocks would wait for the L2 cache beyond 550. By these numbers,
+    which no device has confirmed, they are even at 900 rows."""
     return 512 if format.activations == "float" else 256
 
 
@@ -111,6 +112,8 @@ def rule(num_rows: int, n: int, k: int, format: Format) -> Config:
     ring = SHARED_BYTES // places - warpgroups * ROWS * width * 4
     per_lane = warpgroups * ROWS + parts * width * itemsize
     tile = _tile(format, k)
+    if width > FEW_ROWS:  # scales of more than two groups would not fit registers
+        tile = gcd(tile, 2 * _piece(format, k, MOST_LANES))
     while tile > 64 and ring < FEWEST_STAGES * tile * per_lane:
         tile //= 2
     steps = _lanes(format, k) // tile
@@ -218,8 +221,9 @@ class _Kernel:
         config, parts = self.config, self.x_shape[0]
         outputs, tile, stages = config.warpgroups * ROWS, config.tile, config.stages
         dtype = operands[0].dtype
+        x_swizzle = min(128, self.piece * dtype.itemsize)  # a product's lanes are whole tiles
         smem = {
-            "x": swizzled((stages, parts, self.width, tile), dtype, self.piece * dtype.itemsize),
+            "x": swizzled((stages, parts, self.width, tile), dtype, x_swizzle),
             "w": swizzled((stages, outputs, tile), operands[1].dtype),
             "out": plgpu.SMEM((outputs, self.width), self.sum_dtype),
         }
@@ -303,7 +307,7 @@ class _Kernel:
             for piece, (scale, zero) in zip(self.pieces, columns, strict=True):
                 operands = [w]
                 if self.is_float:
-                    operands = self.values(lax.slice_in_dim(w, *piece, axis=1), zero)
+                    operands = self.values(lax.slice(w, (0, piece[0]), (ROWS, piece[1])), zero)
                 lanes = pl.ds(piece[0], self.piece)
                 xs = [smem["x"].at[slot, part, :, lanes] for part in parts]
                 sums = self.product(operands, xs, copies)
