@@ -79,7 +79,8 @@ class Program:
     """Something to compile: `function(*args)`, where args are pytrees of ShapeDtypeStruct.
 
     `donate` names the arguments (or gives their positions) whose memory the outputs take: every
-    array among them of 1 MiB or more must be aliased and never copied. `refused` says why the
+    array among them of 1 MiB or more must be aliased and never copied. `packed` names those with
+    quantised weights, none of which may be written whole as floats. `refused` says why the
     implementation does not do this; then nothing is compiled. `may_copy` says why a copy of the
     donated arrays (with `may_copy_dtype`, of those of that dtype alone) is no failure here. `tuned`
     is the entry of the chip's file that must be what decides the block sizes.
@@ -89,6 +90,7 @@ class Program:
     function: Callable[..., Any]
     args: tuple[Any, ...]
     donate: tuple[str | int, ...] = ()
+    packed: tuple[str | int, ...] = ()
     note: str = ""
     refused: str | None = None
     may_copy: str | None = None
@@ -215,11 +217,12 @@ def compile_program(program: Program, chip: Chip, log_path: Path | None = None) 
         "alias": stats.alias_size_in_bytes,
     }
     report = ptxas_report("".join(log)) if chip.platform == "gpu" else {}
-    pools = donated_arrays(program)
+    pools = large_arrays(program, program.donate)
     copies = problems = pool_problems(text, pools, memory["alias"])
     if program.may_copy:
         kept = [x for x in pools if program.may_copy_dtype not in (None, x.dtype.name)]
         problems = pool_problems(text, kept, memory["alias"])
+    problems += float_copies(text, large_arrays(program, program.packed))
     if program.tuned and program.tuned.id not in lookups.asked:
         problems.append(f"its tuned entry is never looked up, but {sorted(set(lookups.asked))} are")
     if 'custom_call_target="mosaic_gpu' in text and "registers" not in report:
@@ -304,10 +307,10 @@ def vmem_of(hlo: str) -> int | None:
     return max(sizes, default=None)
 
 
-def donated_arrays(program: Program) -> list[jax.ShapeDtypeStruct]:
-    """The arrays of the donated arguments that are as large as a pool."""
-    names = list(inspect.signature(program.function).parameters) if program.donate else []
-    numbers = [names.index(x) if isinstance(x, str) else x for x in program.donate]
+def large_arrays(program: Program, arguments: Sequence[str | int]) -> list[jax.ShapeDtypeStruct]:
+    """The arrays of these arguments, by name or position, that are as large as a pool."""
+    names = list(inspect.signature(program.function).parameters) if arguments else []
+    numbers = [names.index(x) if isinstance(x, str) else x for x in arguments]
     arrays = [x for i in numbers for x in jax.tree.leaves(program.args[i])]
     return [x for x in arrays if _nbytes(x) >= MIN_POOL_BYTES]
 
@@ -333,4 +336,28 @@ def pool_problems(hlo: str, pools: Sequence[Any], alias_bytes: int) -> list[str]
         written = _WRITE.search(line)
         if written and int(np.prod([int(n) for n in written[1].split(",")])) in sizes:
             problems.append(f"a copy as large as the pool: {line.strip()[:160]}")
+    return problems
+
+
+_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_FLOATS = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = \(?(?:bf16|f16|f32)\[([\d,]+)\][^=]*? ([\w\-]+)\(")
+
+
+def float_copies(hlo: str, weights: Sequence[Any]) -> list[str]:
+    """Where a compiled program writes one of the quantised `weights` (8 bits, or two values of 4 in
+    a uint8) to memory as floats: results of as many floats, but for those inside fusions."""
+    sizes = {
+        int(np.prod(x.shape)) * (2 if x.dtype == np.uint8 else 1)
+        for x in weights
+        if x.dtype.itemsize == 1
+    }
+    fused = set(re.findall(r"fusion\([^\n]*calls=%?([\w.\-]+)", hlo))
+    problems, computation = [], ""
+    for line in hlo.splitlines():
+        if begins := _COMPUTATION.match(line):
+            computation = begins[1]
+        elif computation not in fused and (written := _FLOATS.match(line)):
+            size = int(np.prod([int(n) for n in written[1].split(",")]))
+            if size in sizes and written[2] not in ("bitcast", "parameter", "get-tuple-element"):
+                problems.append(f"a whole weight in floats: {line.strip()[:160]}")
     return problems

@@ -6,9 +6,11 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from pallas_kernels import aot, aot_cases, aot_quant, aot_targets, tpu_static
+import pallas_kernels
+from pallas_kernels import Format, aot, aot_cases, aot_quant, aot_targets, tpu_static
 from pallas_kernels.aot_targets import CHIPS, Program
 
 POOL = jax.ShapeDtypeStruct((601, 16, 2, 64), jnp.float32)
@@ -71,7 +73,7 @@ def problems_of(function):
     program = Program("p", function, (POOL, index), donate=(0,))
     compiled = jax.jit(function, donate_argnums=0).lower(*program.args).compile()
     alias = compiled.memory_analysis().alias_size_in_bytes
-    pools = aot_targets.donated_arrays(program)
+    pools = aot_targets.large_arrays(program, program.donate)
     assert pools == [POOL]
     return aot_targets.pool_problems(compiled.as_text(), pools, alias)
 
@@ -111,7 +113,37 @@ def test_copies_are_found_in_the_forms_hlo_has():
 def test_donated_arrays_are_found_by_name_too_and_small_ones_are_not_meant():
     small = jax.ShapeDtypeStruct((8,), jnp.int32)
     program = Program("p", lambda q, pages: pages, (small, {"a": POOL, "b": small}), ("pages",))
-    assert aot_targets.donated_arrays(program) == [POOL]
+    assert aot_targets.large_arrays(program, program.donate) == [POOL]
+
+
+def weights_in_floats(function, weight, rows=16):
+    """What is wrong with a product of a quantised weight, compiled here for the CPU."""
+    x = jax.ShapeDtypeStruct((rows, 2048), jnp.float32)
+    program = Program("p", function, (x, weight), packed=("weight",))
+    weights = aot_targets.large_arrays(program, program.packed)
+    assert weights == [weight]
+    return aot_targets.float_copies(jax.jit(function).lower(x, weight).compile().as_text(), weights)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_a_quantised_weight_that_is_written_as_floats_is_a_problem(dtype):
+    values = jax.ShapeDtypeStruct((1024, 1024 if dtype == "uint8" else 2048), dtype)
+
+    def whole(x, weight):
+        if dtype == "uint8":
+            weight = jnp.concatenate([weight & 15, weight >> 4], axis=1)
+        return x @ weight.astype(jnp.float32).T
+
+    (problem,) = weights_in_floats(whole, values)
+    assert "a whole weight in floats: " in problem and "f32[" in problem
+    op = pallas_kernels.resolve("xla").quant_matmul
+    format = Format("int8") if dtype == "int8" else Format("int4")
+    scales = np.ones(1024, np.float32)
+
+    def in_tiles(x, weight):
+        return op(x, weight, scales, None, format=format)
+
+    assert weights_in_floats(in_tiles, values) == []
 
 
 # -- the matrix
