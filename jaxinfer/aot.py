@@ -119,6 +119,7 @@ def _program(chip_name: str, page_dtype: str, bucket: Bucket, scheme: str | None
             jax.ShapeDtypeStruct((layout.size,), jnp.int32),
         ),
         donate=("pages",),
+        packed=("params",),
         may_copy=MAY_COPY_SCALES if moves_scales else None,
         may_copy_dtype="float32" if moves_scales else None,
         note=f"{ops.name}, {num_pages} pages of {page_size}",
