@@ -106,6 +106,8 @@ def _program(chip_name: str, page_dtype: str, bucket: Bucket, scheme: str | None
     pages = jax.eval_shape(partial(kv_cache.allocate, model, num_pages, page_size))
     layout = Layout(bucket, pages_per_row=_MAX_MODEL_LEN // page_size)
     moves_scales = ops.name == "tpu" and page_dtype in QUANTISED
+    # Of int4 weights XLA for GPUs writes a float copy, and many rows are XLA's there.
+    unpacks = chip.platform == "gpu" and scheme == "int4" and not bucket.decode_only
     kind = "" if page_dtype == "bfloat16" else f" {page_dtype} pages"
     kind += "" if scheme is None else f" {scheme}, {_FEW_LAYERS} layers"
     return Program(
@@ -119,7 +121,7 @@ def _program(chip_name: str, page_dtype: str, bucket: Bucket, scheme: str | None
             jax.ShapeDtypeStruct((layout.size,), jnp.int32),
         ),
         donate=("pages",),
-        packed=("params",),
+        packed=() if unpacks else ("params",),
         may_copy=MAY_COPY_SCALES if moves_scales else None,
         may_copy_dtype="float32" if moves_scales else None,
         note=f"{ops.name}, {num_pages} pages of {page_size}",
