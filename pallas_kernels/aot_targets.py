@@ -343,6 +343,10 @@ _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _FLOATS = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = \(?(?:bf16|f16|f32)\[([\d,]+)\][^=]*? ([\w\-]+)\(")
 
 
+_NOT_WRITTEN = ("bitcast", "parameter", "tuple", "get-tuple-element")
+"""Operations that hand on what there is: a float embedding of the head's size, too."""
+
+
 def float_copies(hlo: str, weights: Sequence[Any]) -> list[str]:
     """Where a compiled program writes one of the quantised `weights` (8 bits, or two values of 4 in
     a uint8) to memory as floats: results of as many floats, but for those inside fusions."""
@@ -358,6 +362,6 @@ def float_copies(hlo: str, weights: Sequence[Any]) -> list[str]:
             computation = begins[1]
         elif computation not in fused and (written := _FLOATS.match(line)):
             size = int(np.prod([int(n) for n in written[1].split(",")]))
-            if size in sizes and written[2] not in ("bitcast", "parameter", "get-tuple-element"):
+            if size in sizes and written[2] not in _NOT_WRITTEN:
                 problems.append(f"a whole weight in floats: {line.strip()[:160]}")
     return problems
