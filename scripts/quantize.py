@@ -9,11 +9,9 @@ MODEL is a safetensors folder, a .gguf file, a hub id, or "default", the embedde
 
   rtn   Rounds to the nearest. No calibration, seconds; the weakest at 4 bits, fine at 8.
         Written as compressed-tensors.
-  awq   Scales inputs that are large on average before rounding, then searches each group's grid. 4
-        bits. Written as AutoAWQ (gemm).
-  gptq  Rounds column by column and lets the columns to come make up for the error, then betters
-        integers, scales and zero points in turn: the strongest where the calibration text is like
-        the use. Written as AutoGPTQ.
+  awq   Scales inputs that are large on average before rounding. 4 bits. Written as AutoAWQ (gemm).
+  gptq  Rounds column by column and lets the columns to come make up for the error: the strongest
+        where the calibration text is like the use. Written as AutoGPTQ.
   kv    Leaves the weights and adds static scales for an fp8 KV cache (compressed-tensors), also
         to a model that is quantised already.
 
@@ -85,8 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="symmetric",
         action="store_false",
         default=None,
-        help="zero points: more exact, but vLLM refuses them in gptq (default: symmetric, awq "
-        "asymmetric)",
+        help="zero points (default: asymmetric, rtn symmetric)",
     )
     parser.add_argument(
         "--format",

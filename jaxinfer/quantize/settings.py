@@ -154,7 +154,7 @@ def decide(
         method=method,
         bits=bits,
         group_size=None,
-        symmetric=method != "awq" if request.symmetric is None else request.symmetric,
+        symmetric=method not in ("awq", "gptq") if request.symmetric is None else request.symmetric,
         layout=layout,
         num_sequences=_count(request, "num_sequences", 1),
         sequence_length=_count(request, "sequence_length", 2),

@@ -33,7 +33,7 @@ CASES: dict[str, Request] = {
     "rtn-8-packed": Request(method="rtn", bits=8, layout="pack-quantized", group_size=24),
     "awq": Request(method="awq", group_size=16, **SMALL),
     "gptq": Request(method="gptq", group_size=16, **SMALL),
-    "gptq-zeros": Request(method="gptq", symmetric=False, group_size=-1, **SMALL),
+    "gptq-symmetric": Request(method="gptq", symmetric=True, group_size=-1, **SMALL),
     "kv": Request(method="kv", **SMALL),
 }
 
