@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         bits=args.bits,
         group_size=args.group_size,
         symmetric=args.symmetric,
+        act_order=args.act_order,
         layout=args.format,
         num_sequences=args.num_sequences,
         sequence_length=args.sequence_length,
@@ -83,7 +84,12 @@ def _parser() -> argparse.ArgumentParser:
         dest="symmetric",
         action="store_false",
         default=None,
-        help="zero points (default: asymmetric, rtn symmetric)",
+        help="zero points (default: symmetric, awq asymmetric)",
+    )
+    parser.add_argument(
+        "--act-order",
+        action=argparse.BooleanOptionalAction,
+        help="gptq: inputs that are largest first (desc_act); more exact (default: on)",
     )
     parser.add_argument(
         "--format",

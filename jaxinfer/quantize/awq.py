@@ -1,9 +1,9 @@
 """AWQ: inputs that are large on average are scaled down and their weights up, before rounding.
 
 The scales move into what makes the inputs (a norm's gain, the rows of v_proj and up_proj), so the
-float model stays the same; then each group's grid is searched for, which clips its largest weights
-where that lessens the error. Errors are those of a matrix's outputs, and follow from X'X: no input
-is kept. Source: arXiv:2306.00978, equations 4 and 5; its authors' code clips both ends alike.
+float model stays the same; then the largest weights are clipped where that lessens the error.
+Errors are those of a matrix's outputs, and follow from X'X: no input is kept.
+Source: arXiv:2306.00978, equations 4 and 5; clipping as in its authors' code.
 """
 
 from functools import partial
@@ -11,10 +11,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.quantize.grid import Grid, Rounded, nearest
+from jaxinfer.quantize.grid import Grid, nearest
 
 _STEPS = 20
-"""Exponents tried: 0, 1/20, ... 19/20."""
+"""Exponents tried: 0, 1/20, ... 19/20; and, for clipping, largest weights: 1, 19/20, ... 11/20."""
 _SMALLEST = 1e-4
 """Of a scale, before scales are centred around 1."""
 
@@ -45,8 +45,8 @@ def best_scales(
 
 
 @partial(jax.jit, static_argnums=2)
-def rounded(weights: jax.Array, hessian: jax.Array, grid: Grid) -> Rounded:
-    """weights [N, K] to the nearest, on the grids that are best for each group.
+def clipped(weights: jax.Array, hessian: jax.Array, grid: Grid) -> jax.Array:
+    """weights [N, K], in each group those clipped that are beyond the best limit.
 
     A group's error is that of its own share of the output: its block of the Hessian.
     """
@@ -55,10 +55,16 @@ def rounded(weights: jax.Array, hessian: jax.Array, grid: Grid) -> Rounded:
     num_groups = grouped.shape[1]
     each = jnp.arange(num_groups)
     blocks = hessian.reshape(num_groups, size, num_groups, size)[each, :, each]
+    largest = jnp.abs(grouped).max(axis=2, keepdims=True)
 
-    def error(change: jax.Array) -> jax.Array:
+    def limited(share: jax.Array) -> jax.Array:
+        return jnp.clip(grouped, -largest * share, largest * share)
+
+    def error(share: jax.Array) -> jax.Array:
+        flat = limited(share).reshape(weights.shape)
+        change = nearest(flat, grid).values().reshape(grouped.shape) - grouped
         return jnp.sum(jnp.einsum("ngi,gij->ngj", change, blocks) * change, axis=2)
 
-    scales, zeros = grid.search(grouped, 2, error)
-    integers = grid.nearest(grouped, scales[..., None], zeros[..., None])
-    return Rounded(integers.reshape(weights.shape), scales, zeros)
+    shares = 1 - jnp.arange(_STEPS // 2, dtype=jnp.float32) / _STEPS
+    best = shares[jnp.argmin(jax.lax.map(error, shares), axis=0)]
+    return limited(best[..., None]).reshape(weights.shape)

@@ -32,12 +32,7 @@ Params = dict[str, Any]
 @partial(jax.tree_util.register_dataclass)
 @dataclass(frozen=True)
 class Seen:
-    """Sums over the tokens of one matrix's inputs X: `hessian` X'X [K, K], `magnitudes` |X| [K].
-
-    A token's inputs are divided by the root mean square of what the layer hands on for it: the next
-    norm will divide by that, and so the errors of tokens count alike. Plain sums would be those of
-    the few tokens that attention rests on, whose activations may be a thousand times as large.
-    """
+    """Sums over the tokens of one matrix's inputs X: `hessian` X'X [K, K], `magnitudes` |X| [K]."""
 
     hessian: jax.Array
     magnitudes: jax.Array
@@ -207,11 +202,9 @@ def _layer(
     out = out.reshape(hidden.shape)
     if not record:
         return out, None
-    squares = jnp.square(out).mean(axis=-1).reshape(-1, 1)
-    share = jax.lax.rsqrt(squares + model.config.norm_eps)
     seen = {
         leaves[0]: Seen(x.T @ x, jnp.abs(x).sum(axis=0))
         for leaves in INPUTS
-        for x in (inputs[leaves[0]] * share,)
+        for x in (inputs[leaves[0]],)
     }
     return out, Statistics(seen, jnp.abs(k).max(), jnp.abs(v).max())

@@ -1,9 +1,7 @@
 """GPTQ: each column's rounding error is made up for by the columns not yet rounded.
 
 Source: arXiv:2210.17323, algorithm 1. The columns of a group are a block: the group's scale is
-found when its first column's turn comes, from weights that all errors before it have reached. The
-groups whose inputs are largest go first, and in a group the largest inputs: so the errors that
-count most can be made up for, and groups still are inputs side by side.
+found when its first column's turn comes, from weights that all errors before it have reached.
 """
 
 from functools import partial
@@ -23,14 +21,20 @@ _BLOCK = 128
 
 
 def quantise(
-    weights: jax.Array | np.ndarray, hessian: jax.Array | np.ndarray, grid: Grid, name: str
+    weights: jax.Array | np.ndarray,
+    hessian: jax.Array | np.ndarray,
+    grid: Grid,
+    name: str,
+    *,
+    act_order: bool,
 ) -> Rounded:
     """weights float32 [N, K] on the grid, for inputs whose X'X is `hessian` [K, K].
 
+    With `act_order` the columns whose inputs are largest go first, and form groups in that order.
     Raises ConfigError where the Hessian is not finite, which damping cannot mend.
     """
     for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
-        rounded = _solve(weights, hessian, np.float32(damping), grid)
+        rounded = _solve(weights, hessian, np.float32(damping), grid, act_order)
         if np.isfinite(rounded.scales).all() and np.isfinite(rounded.integers).all():
             return rounded
     raise ConfigError(
@@ -40,32 +44,23 @@ def quantise(
     )
 
 
-@partial(jax.jit, static_argnums=3)
-def _solve(weights: jax.Array, hessian: jax.Array, damping: jax.Array, grid: Grid) -> Rounded:
+@partial(jax.jit, static_argnums=(3, 4))
+def _solve(
+    weights: jax.Array, hessian: jax.Array, damping: jax.Array, grid: Grid, act_order: bool
+) -> Rounded:
+    num_inputs = weights.shape[1]
     diagonal = jnp.diagonal(hessian)
-    weights = jnp.where(diagonal == 0, 0, weights)
-    groups, columns = _order(diagonal, grid)
-    factor = inverse_factor(damped(hessian, damping)[columns][:, columns])
-    integers, scales, zeros = _columns(weights[:, columns].T, factor, grid)
-    integers = integers[jnp.argsort(columns)]
-    back = jnp.argsort(groups)
-    return Rounded(integers.T, scales[back].T, zeros[back].T)
-
-
-def damped(hessian: jax.Array, damping: float | jax.Array) -> jax.Array:
-    """`hessian` [K, K] and this share of its mean diagonal; 1 for inputs that are always 0."""
-    diagonal = jnp.diagonal(hessian)
-    never = (diagonal == 0).astype(jnp.float32)
-    return hessian + jnp.diag(never + damping * jnp.mean(diagonal))
-
-
-def _order(diagonal: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
-    """Groups [G] and columns [K] in the order of treatment."""
-    size = grid.group_size or len(diagonal)
-    grouped = diagonal.reshape(-1, size)
-    groups = jnp.argsort(-grouped.sum(axis=1), stable=True)
-    within = jnp.argsort(-grouped, axis=1, stable=True)
-    return groups, (groups[:, None] * size + within[groups]).reshape(-1)
+    never = diagonal == 0
+    weights = jnp.where(never, 0, weights)
+    order = jnp.argsort(-diagonal, stable=True) if act_order else jnp.arange(num_inputs)
+    damped = diagonal + never.astype(jnp.float32) + damping * jnp.mean(diagonal)
+    hessian = jnp.where(jnp.eye(num_inputs, dtype=bool), damped, hessian)
+    factor = inverse_factor(hessian[order][:, order])
+    integers, scales, zeros = _columns(weights[:, order].T, factor, grid)
+    back = jnp.argsort(order)
+    size = grid.group_size or num_inputs
+    groups = (jnp.arange(num_inputs, dtype=jnp.int32) // size)[back] if act_order else None
+    return Rounded(integers[back].T, scales.T, zeros.T, groups)
 
 
 def inverse_factor(hessian: jax.Array) -> jax.Array:
@@ -84,20 +79,14 @@ def _columns(
     """weights [K, N] in the order of treatment -> integers [K, N], scales and zeros [G, N]."""
     num_inputs, num_outputs = weights.shape
     size = grid.group_size or int(np.gcd(num_inputs, _BLOCK))
-
-    def fit(columns: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # a column's error counts by what is left of it when the columns after it have made up
-        counts = 1 / jnp.square(jnp.diagonal(own))[:, None]
-        return grid.search(columns, 0, lambda change: jnp.sum(counts * change**2, axis=0))
-
-    whole = None if grid.group_size else fit(weights, factor)
+    whole = None if grid.group_size else grid.fit(weights.min(axis=0), weights.max(axis=0))
 
     def block(start: jax.Array, state: tuple) -> tuple:
         weights, integers, scales, zeros = state
         rows = jax.lax.dynamic_slice(factor, (start * size, 0), (size, num_inputs))
         own = jax.lax.dynamic_slice(rows, (0, start * size), (size, size))
         columns = jax.lax.dynamic_slice(weights, (start * size, 0), (size, num_outputs))
-        scale, zero = whole or fit(columns, own)
+        scale, zero = whole or grid.fit(columns.min(axis=0), columns.max(axis=0))
 
         def column(i: jax.Array, state: tuple) -> tuple:
             columns, chosen, errors = state

@@ -4,7 +4,6 @@ All methods choose what is rounded; how it is rounded is here alone. Traced code
 arrays, for a `Grid` that is static.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -21,10 +20,6 @@ _FLOATS = {
     "bfloat16": (8, 7, 2.0**-126),
     "float16": (5, 10, 2.0**-14),
 }
-_SHARES = tuple(1 - i / 40 for i in range(13))
-_OFFSETS = (0, 1, -1, 2)
-"""Grids that `Grid.search` tries: shares of the weights' range; and zero points, as what they are
-above the highest that does not take the middle of the range beyond that of the integers."""
 
 
 @dataclass(frozen=True)
@@ -48,64 +43,23 @@ class Grid:
     def fit(self, low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(scales, zero points), float32, for groups whose weights lie in [low, high].
 
-        The range is widened to hold 0. A group of zeros has the scale 1.
+        The range is widened to hold 0. A scale is a normal number of `scale_dtype`: devices may
+        take a subnormal one for 0. A group of zeros has the scale 1.
         """
-        low, high = self._range(low, high)
-        scale = self._scale(low, high)
-        return scale, self._zero(-low / scale)
-
-    def search(
-        self, weights: jax.Array, axis: int, error: Callable[[jax.Array], jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        """(scales, zero points), float32, of the groups that lie along `axis` of weights, which
-        they lack: of those tried, the best. `fit`'s are among them.
-
-        `error` takes the weights' changes to the groups' errors.
-        """
-        low, high = self._range(weights.min(axis), weights.max(axis))
-        fitted = self.fit(low, high)
-        offsets = (0,) if self.symmetric else _OFFSETS
-        trials = jnp.array([(share, above) for share in _SHARES for above in offsets])
-
-        def better(best: tuple, scale: jax.Array, zero: jax.Array) -> tuple:
-            wide_scale, wide_zero = jnp.expand_dims(scale, axis), jnp.expand_dims(zero, axis)
-            integers = self.nearest(weights, wide_scale, wide_zero)
-            wrong = error((integers - wide_zero) * wide_scale - weights)
-            new = (wrong, scale, zero)
-            return tuple(jnp.where(wrong < best[0], x, y) for x, y in zip(new, best, strict=True))
-
-        def trial(i: jax.Array, best: tuple) -> tuple:
-            share, above = trials[i]
-            scale = self._scale(low * share, high * share)
-            highest = jnp.floor(self.highest / 2 - (low + high) / 2 / scale)
-            return better(best, scale, self._zero(highest + above))
-
-        best = better((jnp.full_like(low, jnp.inf), *fitted), *fitted)
-        return jax.lax.fori_loop(0, len(trials), trial, best)[1:]
-
-    def _range(self, low: jax.Array, high: jax.Array) -> tuple[jax.Array, jax.Array]:
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
         if self.symmetric:
             high = jnp.maximum(high, -low)
             low = -high
-        return low, high
-
-    def _scale(self, low: jax.Array, high: jax.Array) -> jax.Array:
         # as fractions: the difference may overflow
         scale = high / self.highest - low / self.highest
-        return jnp.where(high == low, jnp.float32(1), self.stored(scale))
-
-    def stored(self, scale: jax.Array) -> jax.Array:
-        """The nearest normal numbers of `scale_dtype`: devices may take a subnormal one for 0."""
         exponent, mantissa, smallest = _FLOATS[self.scale_dtype]
         # A cast there and back would be optimised away.
-        rounded = jax.lax.reduce_precision(scale, exponent, mantissa)
-        return jnp.maximum(rounded, smallest)
-
-    def _zero(self, zero: jax.Array) -> jax.Array:
+        stored = jax.lax.reduce_precision(scale, exponent, mantissa)
+        scale = jnp.where(high == low, jnp.float32(1), jnp.maximum(stored, smallest))
         if self.symmetric:
-            return jnp.full_like(zero, 1 << (self.bits - 1))
-        return jnp.clip(jnp.round(zero), self.lowest_zero, self.highest)
+            return scale, jnp.full_like(scale, 1 << (self.bits - 1))
+        zero = jnp.clip(jnp.round(-low / scale), self.lowest_zero, self.highest)
+        return scale, zero
 
     def nearest(self, weights: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
         """The nearest integers, half to even, clipped, as float32."""
@@ -113,14 +67,18 @@ class Grid:
 
 
 class Rounded(NamedTuple):
-    """A matrix [N, K] on a grid: `integers` [N, K], `scales` and `zeros` [N, G], float32."""
+    """A matrix [N, K] on a grid: `integers` [N, K], `scales` and `zeros` [N, G], float32.
+
+    `groups` int32 [K] is the group of each input; None: they are in order.
+    """
 
     integers: jax.Array
     scales: jax.Array
     zeros: jax.Array
+    groups: jax.Array | None = None
 
     def values(self) -> jax.Array:
-        """What the integers stand for, float32 [N, K]."""
+        """What the integers stand for, float32 [N, K]; only where `groups` is None."""
         shape = (*self.scales.shape, -1)
         grouped = self.integers.reshape(shape) - self.zeros[..., None]
         return (grouped * self.scales[..., None]).reshape(self.integers.shape)
@@ -159,6 +117,10 @@ def split(rounded: Rounded, names: list[str], sizes: list[int], grid: Grid) -> l
 
     values, zeros = signed(rounded.integers), signed(rounded.zeros)
     scales = np.asarray(rounded.scales).T
+    groups = None if rounded.groups is None else np.asarray(rounded.groups)
+    size = grid.group_size or len(values)
+    if groups is not None and np.array_equal(groups, np.arange(len(values)) // size):
+        groups = None
     packed, start = [], 0
     for name, count in zip(names, sizes, strict=True):
         own = slice(start, start + count)
@@ -169,8 +131,9 @@ def split(rounded: Rounded, names: list[str], sizes: list[int], grid: Grid) -> l
                 values=values[:, own],
                 scales=np.ascontiguousarray(scales[:, own]),
                 bits=grid.bits,
-                group_size=grid.group_size or len(values),
+                group_size=size,
                 zeros=None if grid.symmetric else np.ascontiguousarray(zeros[:, own]),
+                g_idx=groups,
                 scale_dtype=grid.scale_dtype,
             )
         )

@@ -13,7 +13,7 @@ import numpy as np
 from jaxinfer.config import ModelConfig
 from jaxinfer.params import Rule
 from jaxinfer.quant.packed import PackedWeight
-from jaxinfer.quantize import awq, descent, gptq
+from jaxinfer.quantize import awq, gptq
 from jaxinfer.quantize.calibrate import Seen
 from jaxinfer.quantize.grid import Grid, Rounded, output_error, round_to_nearest, split
 from jaxinfer.quantize.settings import INPUTS, Settings
@@ -97,11 +97,14 @@ def _round(
     if hessian is None:
         return round_to_nearest(matrix, grid)
     if settings.method == "gptq":
-        rounded = gptq.quantise(matrix, hessian, grid, ", ".join(leaves))
-        return descent.refine(rounded, matrix, gptq.damped(hessian, gptq.DAMPING), grid)
+        names = ", ".join(leaves)
+        return gptq.quantise(matrix, hessian, grid, names, act_order=settings.act_order)
     scale = scales.inputs[leaves[0]]
     hessian = hessian / np.outer(scale, scale)
-    return awq.rounded(matrix, hessian, grid)
+    # Queries and keys are not clipped, as AWQ's authors have it: their products are what counts.
+    kept = sum(len(tensors[leaf]) for leaf in leaves if leaf in ("attn/q", "attn/k"))
+    clipped = np.asarray(awq.clipped(matrix[kept:], hessian, grid))
+    return round_to_nearest(np.concatenate([matrix[:kept], clipped]), grid)
 
 
 def fold(

@@ -36,6 +36,7 @@ class Request:
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
+    act_order: bool | None = None
     layout: str | None = None
     num_sequences: int = 128
     sequence_length: int = 512
@@ -50,6 +51,7 @@ class Settings:
     bits: int
     group_size: int | None
     symmetric: bool
+    act_order: bool
     layout: str
     num_sequences: int
     sequence_length: int
@@ -91,7 +93,7 @@ class Settings:
                 "quant_method": "gptq",
                 "bits": self.bits,
                 "group_size": size,
-                "desc_act": False,
+                "desc_act": self.act_order,
                 "sym": self.symmetric,
                 "damp_percent": DAMPING,
                 "static_groups": False,
@@ -149,12 +151,15 @@ def decide(
     layouts = LAYOUTS[method, bits]
     if request.layout is not None and request.layout not in layouts:
         _fail("format", f"must be {' or '.join(layouts)} here; got {request.layout!r}")
+    if request.act_order is not None and method != "gptq":
+        _fail("act_order", f"has no meaning with method {method}: only gptq orders its inputs")
     layout = request.layout or layouts[0]
     settings = Settings(
         method=method,
         bits=bits,
         group_size=None,
-        symmetric=method not in ("awq", "gptq") if request.symmetric is None else request.symmetric,
+        symmetric=method != "awq" if request.symmetric is None else request.symmetric,
+        act_order=method == "gptq" if request.act_order is None else request.act_order,
         layout=layout,
         num_sequences=_count(request, "num_sequences", 1),
         sequence_length=_count(request, "sequence_length", 2),

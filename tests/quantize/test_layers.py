@@ -87,24 +87,20 @@ def test_folding_changes_nothing_but_rounding(case: str):
 
 
 def test_statistics_are_those_of_the_inputs():
-    """Against NumPy in float64: the first layer's attention input, and its values; each token by
-    its share of the hidden state after the layer."""
+    """Against NumPy in float64: the first layer's attention input, and its values."""
     model = Tiny("qwen2")
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, model.config.vocab_size, (300, LENGTH), np.int32)  # several batches
     hidden = model.embed(tokens)
-    after, statistics = model.run(0, hidden, record=True)
+    _, statistics = model.run(0, hidden, record=True)
     assert statistics is not None
     x = model.tensors["model.embed_tokens.weight"][tokens].reshape(-1, model.config.hidden_size)
     x = x.astype(np.float64)
     gain = model.tensors["model.layers.0.input_layernorm.weight"]
     x = x / np.sqrt((x**2).mean(-1, keepdims=True) + model.config.norm_eps) * gain
-    squares = (after.reshape(x.shape).astype(np.float64) ** 2).mean(-1, keepdims=True)
-    share = x / np.sqrt(squares + model.config.norm_eps)
     seen = statistics.inputs["attn/q"]
-    largest = np.diag(share.T @ share).max()
-    np.testing.assert_allclose(seen.hessian, share.T @ share, rtol=1e-4, atol=1e-6 * largest)
-    np.testing.assert_allclose(seen.magnitudes, np.abs(share).sum(0), rtol=1e-5)
+    np.testing.assert_allclose(seen.hessian, x.T @ x, rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(seen.magnitudes, np.abs(x).sum(0), rtol=1e-5)
     attn = "model.layers.0.self_attn.v_proj."
     v = x @ model.tensors[attn + "weight"].T + model.tensors[attn + "bias"]
     np.testing.assert_allclose(statistics.largest_v, np.abs(v).max(), rtol=1e-5)
@@ -112,17 +108,3 @@ def test_statistics_are_those_of_the_inputs():
         "attn/q": 32, "attn/o": 32, "mlp/up": 32, "mlp/down": 56
     }  # fmt: skip
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(statistics))
-
-
-def test_an_enormous_token_counts_no_more_than_others():
-    """As the first token of a text often is. Plain sums would be a million times as large."""
-    model = Tiny("llama")
-    tokens = np.random.default_rng(2).integers(0, model.config.vocab_size, (8, LENGTH), np.int32)
-    hidden = model.embed(tokens)
-    enormous = hidden.copy()
-    enormous[:, 0] *= 1000
-    without, beside = (model.run(0, some, record=True)[1] for some in (hidden, enormous))
-    assert without is not None and beside is not None
-    for leaf, seen in beside.inputs.items():
-        ratio = np.diag(seen.hessian).sum() / np.diag(without.inputs[leaf].hessian).sum()
-        assert 0.5 < ratio < 1.5, leaf

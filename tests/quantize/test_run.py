@@ -33,7 +33,7 @@ CASES: dict[str, Request] = {
     "rtn-8-packed": Request(method="rtn", bits=8, layout="pack-quantized", group_size=24),
     "awq": Request(method="awq", group_size=16, **SMALL),
     "gptq": Request(method="gptq", group_size=16, **SMALL),
-    "gptq-symmetric": Request(method="gptq", symmetric=True, group_size=-1, **SMALL),
+    "gptq-zeros": Request(method="gptq", symmetric=False, group_size=-1, act_order=False, **SMALL),
     "kv": Request(method="kv", **SMALL),
 }
 
@@ -239,6 +239,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "default": ({"method": "rtn"}, "128, 64 and 32 do not divide"),
     "channel": ({"method": "rtn", "bits": 8, "group_size": 16}, "must be -1 in int-quantized"),
     "format": ({"method": "rtn", "layout": "gptq"}, "format must be pack-quantized"),
+    "order": ({"method": "rtn", "act_order": True}, "act_order has no meaning"),
     "kv": ({"method": "kv", "group_size": 16}, "group_size has no meaning"),
     "short": ({"method": "gptq", "group_size": 16}, r"tokens, \d sequences of 512; 128 are asked"),
     "none": ({"method": "awq", "group_size": 16, "num_sequences": 0}, "an integer >= 1; got 0"),
