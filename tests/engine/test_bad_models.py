@@ -191,17 +191,17 @@ def test_a_request_that_can_never_fit(tiny):
             llm.generate([1] * 60, greedy())
         llm.cache_prompt([5] * 32, pin=True)
         for call in (
-            lambda: llm.generate([1] * 48, greedy()),
-            lambda: llm.cache_prompt([1] * 48),
+            lambda: llm.generate([1] * 50, greedy(max_tokens=6)),
+            lambda: llm.cache_prompt([1] * 50),
         ):
             with pytest.raises(CapacityError, match=r"needs 7 pages.*not pinned"):
                 call()
-        outputs = llm.generate([[1] * 48, [1] * 20], greedy())
+        outputs = llm.generate([[1] * 50, [1] * 20], greedy(max_tokens=6))
         assert isinstance(outputs[0].error, CapacityError)
         assert outputs[1].error is None
         assert llm.generate([5] * 40, greedy())[0].num_cached_tokens == 32
         llm.unpin_prompt([5] * 32)
-        assert llm.generate([1] * 48, greedy())[0].error is None
+        assert llm.generate([1] * 50, greedy(max_tokens=6))[0].error is None
         assert_no_leak(llm)
 
 
