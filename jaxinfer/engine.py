@@ -158,9 +158,8 @@ class Engine:
             if len(self._in_flight) >= self._depth or (self._in_flight and not dispatched):
                 self._collect(self._in_flight.popleft())
             outputs = self._take_outputs()
-            if (
-                not self._outbox.has_requests
-            ):  # what is still in flight is of requests that have ended
+            if not self._outbox.has_requests:
+                # What is still in flight is of requests that have ended.
                 outputs += self._collect_all()
                 self._last_finished = None
         return outputs

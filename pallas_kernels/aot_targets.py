@@ -341,8 +341,6 @@ def pool_problems(hlo: str, pools: Sequence[Any], alias_bytes: int) -> list[str]
 
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _FLOATS = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = \(?(?:bf16|f16|f32)\[([\d,]+)\][^=]*? ([\w\-]+)\(")
-
-
 _NOT_WRITTEN = ("bitcast", "parameter", "tuple", "get-tuple-element")
 """Operations that hand on what there is: a float embedding of the head's size, too."""
 
