@@ -15,13 +15,35 @@ from typing import Any
 PACKAGES = ("jaxinfer", "jax", "jaxlib", "flax", "numpy", "transformers", "torch")
 
 
-def _cpu_model() -> str:
+# What a processor's speed at matrix products hangs on: the flag that Linux has for it, its name.
+_INSTRUCTIONS = (
+    ("amx_tile", "AMX"),
+    ("avx512_bf16", "AVX-512 with bf16"),
+    ("avx512_vnni", "AVX-512 with VNNI"),
+    ("avx512f", "AVX-512"),
+    ("avx2", "AVX2"),
+)
+
+
+def _cpuinfo(field: str) -> str:
+    """The first processor's line; "" where the system has none."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+    found = re.search(rf"^{field}\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else ""
+
+
+def _cpu_model() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def instructions() -> str:
+    """The CPU's widest vector instructions; "" where the system does not say. Machines of one model
+    name may differ in them, and then in every ratio."""
+    flags = set(_cpuinfo("flags").split())
+    return next((name for flag, name in _INSTRUCTIONS if flag in flags), "")
 
 
 def num_cores() -> int:
@@ -60,9 +82,9 @@ def device() -> tuple[str, str]:
 
 
 def name() -> str:
-    """Of the folder of results: the accelerator's kind, or the CPU's model and cores."""
+    """Of the folder of results: the accelerator's kind, or the CPU's model, instructions, cores."""
     found, kind = device()
-    text = f"{_cpu_model()} {num_cores()} cores" if found == "cpu" else kind
+    text = f"{_cpu_model()} {instructions()} {num_cores()} cores" if found == "cpu" else kind
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
 
 
@@ -80,6 +102,7 @@ def about() -> dict[str, Any]:
         "platform": found,
         "device": kind,
         "cpu": _cpu_model(),
+        "instructions": instructions(),
         "cores": num_cores(),
         "memory_gb": round(memory_bytes() / 1e9, 1),
         "system": f"{platform.system()} {platform.release()}",

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import workloads
+from benchmarks import machine, workloads
 from benchmarks.peers import measures, models, roofline
 from benchmarks.peers.measures import Run
 from benchmarks.roofline import Decoder
@@ -128,3 +128,21 @@ def test_full_workloads_are_those_of_the_issue():
     assert make("prefill").output_tokens == 8
     with pytest.raises(ValueError, match="no workload 'fixed-2'; there are"):
         make("fixed-2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ("fpu avx2 avx512f avx512_vnni avx512_bf16", "AVX-512 with bf16"),
+        ("fpu avx avx2 fma", "AVX2"),
+        ("fpu sse2", ""),
+    ],
+)
+def test_machines_are_told_apart_by_their_instructions(monkeypatch, tmp_path, flags, wanted):
+    file = tmp_path / "cpuinfo"
+    file.write_text(f"model name\t: Some CPU\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(machine, "Path", lambda path: file)
+    monkeypatch.setattr(machine, "device", lambda: ("cpu", "cpu"))
+    assert machine.instructions() == machine.about()["instructions"] == wanted
+    slug = wanted.lower().replace(" ", "_").replace("-", "_")
+    assert f"some_cpu_{slug}".rstrip("_") + f"_{machine.num_cores()}_cores" == machine.name()
