@@ -3,8 +3,10 @@
     python -m benchmarks.peers.ceilings [SECONDS]
 
 {"bytes_s": memory read with all cores, "float32" | "bfloat16" | "int8": multiply-adds of a matrix
-product of N(0, 1) numbers x 2 a second, or null, "by": {...}}. The best of what numpy and, where
-this Python has it, torch reach in SECONDS each (1). Standard library and numpy, and torch if there.
+product of N(0, 1) numbers x 2 a second, "by": {...}}. The best of what numpy and, where this Python
+has it, torch reach in SECONDS each (1). A narrow type that is slower than float32 (processors
+without instructions for it), or was not tried, has float32's rate: it can be widened. Standard
+library and numpy, and torch if there.
 """
 
 import importlib.util
@@ -18,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-SIZE = 2048
+SMALLEST, SIZE = 128, 2048
 READ_BYTES = 1 << 29
 
 
@@ -45,23 +47,40 @@ def read_rate(threads: int, seconds: float) -> float:
     return values.nbytes / min(times)
 
 
+def product_rate(multiply: Callable[[int], Any], seconds: float) -> float:
+    """Operations a second of `multiply(n)`, a product of two [n, n] matrices: at SIZE, or the size
+    before it at which one takes an eighth of `seconds` (a type that the processor has no
+    instructions for may take a thousand times as long)."""
+    size, took = SMALLEST, 0.0
+    while True:
+        begun = time.perf_counter()
+        multiply(size)
+        took = time.perf_counter() - begun
+        if size == SIZE or took > seconds / 8:
+            break
+        size *= 2
+    return 2 * size**3 / best_seconds(lambda: multiply(size), seconds)
+
+
 def numpy_rates(seconds: float) -> dict[str, float]:
     a, b = np.random.default_rng(0).standard_normal((2, SIZE, SIZE), dtype=np.float32)
-    return {"float32": 2 * SIZE**3 / best_seconds(lambda: a @ b, seconds)}
+    return {"float32": product_rate(lambda n: a[:n, :n] @ b[:n, :n], seconds)}
 
 
 def torch_rates(threads: int, seconds: float) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(threads)
-    rates = {}
     a, b = torch.randn(2, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-    for name in ("float32", "bfloat16"):
-        x, y = a.to(getattr(torch, name)), b.to(getattr(torch, name))
-        rates[name] = 2 * SIZE**3 / best_seconds(lambda x=x, y=y: x @ y, seconds)
-    x, y = (a * 40).to(torch.int8), (b * 40).to(torch.int8)
-    rates["int8"] = 2 * SIZE**3 / best_seconds(lambda: torch._int_mm(x, y), seconds)
-    return rates
+    products = {
+        "float32": (a, b, torch.mm),
+        "bfloat16": (a.to(torch.bfloat16), b.to(torch.bfloat16), torch.mm),
+        "int8": ((a * 40).to(torch.int8), (b * 40).to(torch.int8), torch._int_mm),
+    }
+    return {
+        name: product_rate(lambda n, x=x, y=y, mm=mm: mm(x[:n, :n], y[:n, :n]), seconds)
+        for name, (x, y, mm) in products.items()
+    }
 
 
 def main() -> None:
@@ -72,11 +91,14 @@ def main() -> None:
     if importlib.util.find_spec("torch") is not None:
         sources["torch"] = torch_rates(threads, seconds)
     result: dict[str, Any] = {"bytes_s": read_rate(threads, seconds), "by": {}}
+    widened: dict[str, float] = {}
     for name in ("float32", "bfloat16", "int8"):
         rates = {source: found[name] for source, found in sources.items() if name in found}
-        best = max(rates, key=lambda source: rates[source], default=None)
-        result[name] = rates[best] if best else None
-        result["by"][name] = best
+        rates |= widened
+        best = max(rates, key=lambda source: rates[source])
+        result[name], result["by"][name] = rates[best], best
+        if name == "float32":
+            widened = {f"{best}, float32": rates[best]}
     print(json.dumps(result))
 
 
