@@ -37,7 +37,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="kv_cache_dtype of the tiny engines: the engine's tests with 8-bit pages",
     )
 
+    parser.addoption(
+        "--optimised",
+        action="store_true",
+        help="compile all tests' programs as users' are compiled, not only those of modules marked "
+        "so; takes almost twice as long",
+    )
+
 
 def pytest_configure(config: pytest.Config) -> None:
     helpers.ENGINE_DEFAULTS["attention_impl"] = config.getoption("--attention-impl")
     helpers.ENGINE_DEFAULTS["kv_cache_dtype"] = config.getoption("--kv-cache-dtype")
+
+
+_compiled_as: list[bool] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation(request: pytest.FixtureRequest) -> None:
+    """Most of the suite's time goes to compiling for a CPU, nearly half of that to what LLVM does
+    to code that then runs for milliseconds. It is left out, here and in the processes that tests
+    start, where no test depends on it."""
+    optimised = request.config.getoption("--optimised") or bool(
+        request.node.get_closest_marker("optimised")
+    )
+    if _compiled_as != [optimised]:
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", not optimised)
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not optimised))
+        _compiled_as[:] = [optimised]

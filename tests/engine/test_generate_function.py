@@ -11,6 +11,8 @@ import pytest
 from jaxinfer import Generated, InvalidRequestError, SamplingParams, generate
 from tests.helpers import tiny_llm
 
+pytestmark = pytest.mark.optimised
+
 NEW = 10
 LENGTHS = (1, 7, 16, 17, 30)
 WIDTH = 30

@@ -13,6 +13,8 @@ from jaxinfer import LLM, SamplingParams
 from tests.engine.ties import score_gap
 from tests.helpers import ENGINE_DEFAULTS, TIES, assert_no_leak, tiny_llm
 
+pytestmark = pytest.mark.optimised
+
 NUM_PROMPTS = 32
 NEW_TOKENS = 12
 
@@ -91,18 +93,23 @@ def run(llm: LLM, indices: list[int], reference: Reference) -> None:
     assert_no_leak(llm)
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize(
-    ("chunk", "page_size", "cached"),
-    [
-        (16, 8, True),
-        (64, 16, False),
-        (512, 64, True),
-        (16, 64, False),
-        (64, 8, True),
-        (512, 8, False),
-    ],
-)
+_SHAPES = [  # chunk, page size, cached
+    (16, 8, True),
+    (64, 16, False),
+    (512, 64, True),
+    (16, 64, False),
+    (64, 8, True),
+    (512, 8, False),
+]
+# Each of them with overlap or without; the other half is slow.
+_MIXES = [
+    pytest.param(*shape, overlap, marks=[pytest.mark.slow] * (overlap == bool(i % 2)))
+    for i, shape in enumerate(_SHAPES)
+    for overlap in (True, False)
+]
+
+
+@pytest.mark.parametrize(("chunk", "page_size", "cached", "overlap"), _MIXES)
 def test_batches_chunks_pages_cache_overlap(tiny, reference, chunk, page_size, cached, overlap):
     """Alone, in batches of 2, 7 and 32, twice over (the second time from the cache), shuffled."""
     rng = np.random.default_rng(chunk + page_size)

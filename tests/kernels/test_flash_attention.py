@@ -33,6 +33,8 @@ from tests.kernels.flash_cases import (
     visible,
 )
 
+pytestmark = pytest.mark.optimised
+
 CHOICES = pairwise(AXES, ())
 # For the slow to compile: fewer values of each axis, every mask.
 FEW_AXES = {

@@ -30,6 +30,8 @@ from tests.kernels.cases import (
     why_not,
 )
 
+pytestmark = pytest.mark.optimised
+
 CHOICES = pairwise()
 IMPLEMENTATIONS = pallas_kernels.available("cpu")
 # Of an implementation that is slow on CPU one choice in so many runs; `-m slow` runs the others.

@@ -13,6 +13,8 @@ from pallas_kernels.quant_matmul import dequantise, pack_int4, unpack_int4, xla
 from tests.kernels import quant_cases
 from tests.kernels.quant_cases import FORMATS, FP8, W8A8, W8A16, Weight
 
+pytestmark = pytest.mark.optimised
+
 IMPLEMENTATIONS = ("reference", "xla", "interpret")
 SIZES = [(1, 96, 96), (2, 40, 192), (4, 7, 96), (9, 200, 384), (13, 33, 96), (40, 64, 576)]
 # The interpreter is slow: every other size.

@@ -17,6 +17,8 @@ from jaxinfer.sampling_params import SamplingParams
 from tests.sampling import reference
 from tests.sampling.chi_square import is_drawn_from
 
+pytestmark = pytest.mark.optimised
+
 ROWS = 4096
 CALLS = 49
 NUM_DRAWS = ROWS * CALLS

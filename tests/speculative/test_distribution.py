@@ -18,6 +18,8 @@ from jaxinfer.speculative.verify import emitted
 from tests.speculative import chain
 from tests.speculative.chain import FAR, FILTERS, NEAR, SAMPLE, TEMPERATURES, Chain
 
+pytestmark = pytest.mark.optimised
+
 KINDS = {
     "greedy": {"kind": "greedy"},
     "fixed": {"kind": "fixed"},
