@@ -29,9 +29,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):
     return write_tiny_model(tmp_path_factory.mktemp("quant") / "tiny")
 
 
-# An engine for each takes half a minute; int8, int4 and fp8 take every path of the matmul but zero
-# points, which tests/kernels/test_quant_matmul.py has.
-_LONG = ("int8_weight_only", "int4_asymmetric")
+# Engines for each take a minute; int8 and int4 stand for quantised activations and float ones, and
+# tests/kernels/test_quant_matmul.py has every path of the matmul.
+_LONG = ("int8_weight_only", "int4_asymmetric", "fp8")
 _PARAMS = [pytest.param(n, marks=[pytest.mark.slow] * (n in _LONG)) for n in SCHEMES]
 
 

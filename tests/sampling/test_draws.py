@@ -87,7 +87,7 @@ def test_distribution_over_seeds_and_samples(vary, name):
 @pytest.mark.parametrize(
     ("temperature", "name"),
     [
-        (1.7, "all"),
+        pytest.param(1.7, "all", marks=pytest.mark.slow),
         pytest.param(1.0, "none", marks=pytest.mark.slow),
         pytest.param(0.3, "min_p", marks=pytest.mark.slow),
         pytest.param(1.7, "top_p", marks=pytest.mark.slow),

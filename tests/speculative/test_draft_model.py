@@ -68,7 +68,14 @@ def plain(folders):
 
 
 @pytest.mark.parametrize(
-    ("draft", "overlap"), [("same", True), ("near", True), ("near", False), ("far", True)]
+    ("draft", "overlap"),
+    [
+        ("near", True),
+        ("far", False),
+        pytest.param("same", True, marks=pytest.mark.slow),
+        pytest.param("near", False, marks=pytest.mark.slow),
+        pytest.param("far", True, marks=pytest.mark.slow),
+    ],
 )
 def test_outputs_are_those_without_it(folders, plain, draft, overlap):
     with engine(folders, draft, strict=overlap, async_scheduling=overlap) as llm:

@@ -241,8 +241,10 @@ def test_a_full_draft_saves_steps(llm, cases, texts):
     ("options", "batch"),
     [
         ({"async_scheduling": False, "page_size": 16, "enable_prefix_caching": False}, 5),
-        ({"async_scheduling": False, "page_size": 8}, 3),
-        ({"page_size": 16, "num_pages": 12, "max_model_len": 160}, 32),
+        pytest.param({"async_scheduling": False, "page_size": 8}, 3, marks=pytest.mark.slow),
+        pytest.param(
+            {"page_size": 16, "num_pages": 12, "max_model_len": 160}, 32, marks=pytest.mark.slow
+        ),
         ({"page_size": 8, "num_pages": 24, "max_model_len": 160}, 32),
     ],
     ids=["no overlap, no cache", "no overlap", "few pages of 16", "few pages of 8"],
