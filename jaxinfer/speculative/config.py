@@ -18,7 +18,7 @@ class SpeculativeConfig:
     `method` "ngram" continues the text as it went on the last time its newest tokens stood in it:
     at least `prompt_lookup_min` of them, compared up to `prompt_lookup_max`. "draft_model" asks a
     second, smaller model with the same tokenizer, `model` (folder, GGUF file or hub id; "self": the
-    target's own weights in `quantization` "int8" or "int4").
+    target's own weights in `quantization` "int8", "int8_weight_only" or "int4").
     `num_speculative_tokens` is the most that is drafted for a row; fewer, or none, are where more
     would not pay. `disable_by_batch_size`: draft nothing in steps of so many rows or more.
     """
