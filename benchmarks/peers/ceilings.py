@@ -48,10 +48,10 @@ def read_rate(threads: int, seconds: float) -> float:
 
 
 def product_rate(multiply: Callable[[int], Any], seconds: float) -> float:
-    """Operations a second of `multiply(n)`, a product of two [n, n] matrices: at SIZE, or the size
-    before it at which one takes an eighth of `seconds` (a type that the processor has no
-    instructions for may take a thousand times as long)."""
-    size, took = SMALLEST, 0.0
+    """Operations a second of `multiply(n)`, a product of two [n, n] matrices: at SIZE, or at the
+    first smaller size where one takes more than an eighth of `seconds` (a type that the processor
+    has no instructions for may take a thousand times as long)."""
+    size = SMALLEST
     while True:
         begun = time.perf_counter()
         multiply(size)
@@ -91,14 +91,12 @@ def main() -> None:
     if importlib.util.find_spec("torch") is not None:
         sources["torch"] = torch_rates(threads, seconds)
     result: dict[str, Any] = {"bytes_s": read_rate(threads, seconds), "by": {}}
-    widened: dict[str, float] = {}
     for name in ("float32", "bfloat16", "int8"):
         rates = {source: found[name] for source, found in sources.items() if name in found}
-        rates |= widened
+        if name != "float32":
+            rates[f"{result['by']['float32']}, float32"] = result["float32"]
         best = max(rates, key=lambda source: rates[source])
         result[name], result["by"][name] = rates[best], best
-        if name == "float32":
-            widened = {f"{best}, float32": rates[best]}
     print(json.dumps(result))
 
 

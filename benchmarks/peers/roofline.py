@@ -39,7 +39,7 @@ def measure(python: str, seconds: float) -> Ceilings:
     )
     try:
         found = json.loads(done.stdout.splitlines()[-1])
-        flops = {k: found[k] for k in ("float32", "bfloat16", "int8") if found[k]}
+        flops = {k: found[k] for k in ("float32", "bfloat16", "int8")}
         return Ceilings(found["bytes_s"], flops, found["by"])
     except (ValueError, LookupError):
         said = done.stderr.strip()[-500:] or f"exit status {done.returncode}"

@@ -101,12 +101,10 @@ _SHAPES = [  # chunk, page size, cached
     (64, 8, True),
     (512, 8, False),
 ]
-# Half of them run always, with overlap or without; the rest is slow.
-_QUICK = {_SHAPES[0]: True, _SHAPES[1]: False, _SHAPES[5]: True}
+_QUICK = [(16, 8, True, True), (64, 16, False, False), (512, 8, False, True)]
 _MIXES = [
-    pytest.param(*shape, overlap, marks=[pytest.mark.slow] * (_QUICK.get(shape) is not overlap))
-    for shape in _SHAPES
-    for overlap in (True, False)
+    pytest.param(*mix, marks=[pytest.mark.slow] * (mix not in _QUICK))
+    for mix in ((*shape, overlap) for shape in _SHAPES for overlap in (True, False))
 ]
 
 

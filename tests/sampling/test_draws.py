@@ -84,15 +84,10 @@ def test_distribution_over_seeds_and_samples(vary, name):
     assert is_drawn_from(count(draws(logits, vary, **row), 64), probabilities(logits, **row))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("temperature", "name"),
-    [
-        pytest.param(1.7, "all", marks=pytest.mark.slow),
-        pytest.param(1.0, "none", marks=pytest.mark.slow),
-        pytest.param(0.3, "min_p", marks=pytest.mark.slow),
-        pytest.param(1.7, "top_p", marks=pytest.mark.slow),
-        pytest.param(1.0, "top_k", marks=pytest.mark.slow),
-    ],
+    [(1.7, "all"), (1.0, "none"), (0.3, "min_p"), (1.7, "top_p"), (1.0, "top_k")],
 )
 def test_distribution_of_a_larger_vocabulary(temperature, name):
     logits, row = normal(1000, seed=3), {"temperature": temperature, **FILTERS[name]}

@@ -50,18 +50,16 @@ def test_distribution(kind, temperature, name):
     assert (rate == 1.0) if kind == "equal" else (0 < rate < 1), rate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "temperature", "name"),
     [
-        pytest.param(kind, temperature, name, marks=pytest.mark.slow)
-        for kind, temperature, name in [
-            ("fixed", 1.0, "none"),
-            *[
-                (kind, *case)
-                for kind in ("near", "far", "greedy")
-                for case in ((0.3, "none"), (1.0, "all"), (1.7, "top_p"))
-            ],
-        ]
+        ("fixed", 1.0, "none"),
+        *[
+            (kind, temperature, name)
+            for kind in ("near", "far", "greedy")
+            for temperature, name in ((0.3, "none"), (1.0, "all"), (1.7, "top_p"))
+        ],
     ],
 )
 def test_distribution_of_a_larger_vocabulary(kind, temperature, name):
