@@ -207,8 +207,10 @@ def measured_on(content: dict[str, Any], benchmark: str) -> str:
     """When, on what and with which command a result was made, in a sentence or two."""
     about = content["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    # Files of before it was recorded have none; a GPU machine's CPU need not say.
+    instructions = f" with {about['instructions']}" if about.get("instructions") else ""
     return (
-        f"Measured {content['date'][:10]} on {about['cpu']}, {about['cores']} cores, "
+        f"Measured {content['date'][:10]} on {about['cpu']}{instructions}, {about['cores']} cores, "
         f"{about['memory_gb']} GB, {about['platform']} ({about['device']}); {versions}. "
         f"Command: `{content['command']}`; rows: "
         f"`results/{about['name']}/{benchmark}.json`."
