@@ -48,7 +48,7 @@ CONFIGURATIONS = (
     Configuration("int8", "int8, weights and activations", {"quantization": "int8"}),
     Configuration(
         "int8-head",
-        "the same and the output head",
+        "int8, the output head too",
         {"quantization": "int8", "quantize_lm_head": True},
     ),
     Configuration("int8-weight-only", "int8, weights alone", {"quantization": "int8_weight_only"}),

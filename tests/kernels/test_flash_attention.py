@@ -68,9 +68,10 @@ def test_the_choices_cover_every_pair(choices: list[Choice], axes: dict[str, tup
 @pytest.mark.parametrize(
     ("implementation", "choice"),
     [
-        (implementation, choice)
+        # Every other choice; `-m slow` runs the others.
+        pytest.param(implementation, choice, marks=[pytest.mark.slow] if i % 2 else [])
         for implementation in IMPLEMENTATIONS
-        for choice in (CHOICES if implementation.name == "xla" else FEW_CHOICES)
+        for i, choice in enumerate(CHOICES if implementation.name == "xla" else FEW_CHOICES)
     ],
     ids=_id,
 )

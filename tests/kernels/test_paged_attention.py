@@ -34,9 +34,9 @@ pytestmark = pytest.mark.optimised
 
 CHOICES = pairwise()
 IMPLEMENTATIONS = pallas_kernels.available("cpu")
-# Of an implementation that is not the one used on a CPU one choice in so many runs; `-m slow` runs
-# the others.
-ONE_IN = {"reference": 3, "interpret": 4}
+# One choice in so many runs, most often with the implementation that a CPU uses; `-m slow` runs the
+# others.
+ONE_IN = {"reference": 3, "xla": 2, "interpret": 4}
 MIXED = Case(rows=((1, 37), (1, 64), (1, 150), (20, 20), (70, 150), (4, 90)), num_decode=3)
 
 
@@ -59,7 +59,7 @@ def _comparisons() -> list:
     for name in IMPLEMENTATIONS:
         for i, choice in enumerate(CHOICES):
             label = "-".join(str(x).replace(" ", "") for x in (name, *choice.values()))
-            marks = [pytest.mark.slow] if i % ONE_IN.get(name, 1) else []
+            marks = [pytest.mark.slow] if i % ONE_IN[name] else []
             comparisons.append(pytest.param(name, case_of(choice), id=label, marks=marks))
     return comparisons
 
