@@ -16,12 +16,14 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 SMALLEST, SIZE = 128, 2048
 READ_BYTES = 1 << 29
+LONGEST = 1 / 8  # seconds a product may take for the next size to be tried
 
 
 def best_seconds(run: Callable[[], Any], seconds: float) -> float:
@@ -49,17 +51,14 @@ def read_rate(threads: int, seconds: float) -> float:
 
 def product_rate(multiply: Callable[[int], Any], seconds: float) -> float:
     """Operations a second of `multiply(n)`, a product of two [n, n] matrices: at SIZE, or at the
-    first smaller size where one takes more than an eighth of `seconds` (a type that the processor
-    has no instructions for may take a thousand times as long)."""
+    first smaller size whose fastest of three calls takes more than LONGEST (a type that the
+    processor has no instructions for may take a thousand times as long). LONGEST does not shrink
+    with `seconds`: beside other work the threads of a small product wait for each other for tens of
+    milliseconds, a thousand times as long as they work."""
     size = SMALLEST
-    while True:
-        begun = time.perf_counter()
-        multiply(size)
-        took = time.perf_counter() - begun
-        if size == SIZE or took > seconds / 8:
-            break
+    while size < SIZE and best_seconds(partial(multiply, size), 0) <= LONGEST:
         size *= 2
-    return 2 * size**3 / best_seconds(lambda: multiply(size), seconds)
+    return 2 * size**3 / best_seconds(partial(multiply, size), seconds)
 
 
 def numpy_rates(seconds: float) -> dict[str, float]:
