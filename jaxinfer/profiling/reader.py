@@ -4,7 +4,8 @@ The file is an XSpace: planes of lines of events (tsl/profiler/protobuf/xplane.p
 want lies:
 
     CPU   plane "/host:CPU": operations are events with a stat hlo_op, on the lines of whichever
-          threads ran them; "end: NAME" tells when one that went on elsewhere was done
+          threads ran them; "end: NAME" tells when one that went on elsewhere was done, or later:
+          the thread that finishes it may first run all that waited for it
     GPU   planes "/device:GPU:n": kernels on the lines "Stream #n(...)", each with hlo_op and
           correlation_id, by which the launch is found on the host
     TPU   planes "/device:TPU:n": lines "XLA Ops" (named by the instruction's text) and
@@ -42,7 +43,12 @@ METADATA = "/host:metadata"
 _XLA_COMPILE = "backend_compile_and_load"
 """What JAX calls a compilation, whatever the backend; not there where it loads a program."""
 _SPANS = frozenset({WAKE, COMPILE, *PHASES})
-_QUIET = ("ThreadpoolListener", "end: ")
+_END = "end: "
+_REGION = "ThreadpoolListener::StartRegion"
+"""A thread of XLA's pool begins a piece of work."""
+_EXECUTE = "ThunkExecutor::Execute"
+"""A thread runs operations of a program: from its start, or what waited for one that is done."""
+_QUIET = ("ThreadpoolListener", _END)
 
 
 def newest(place: str | Path) -> Path:
@@ -161,22 +167,28 @@ class _Host:
 
 def _read_host(plane: Any, trace: Trace, host: _Host) -> None:
     """Annotations, compiles and launches; on a CPU the operations too."""
-    ends: dict[int, float] = {}
+    ends: dict[int, tuple[float, float]] = {}
     pending: list[tuple[Operation, Any]] = []
     runs: dict[tuple[Any, Any], int] = {}
     for line in plane.lines:
-        for event in line.events:
+        thread = _Thread()
+        for event in sorted(line.events, key=lambda event: event.start_ns):
             name = event.name
+            start, end = event.start_ns / 1e9, (event.start_ns + event.duration_ns) / 1e9
             if name.startswith(_QUIET):
-                if name.startswith("end: "):
-                    ends[stats_of(event).get("_c", -1)] = event.start_ns
+                if name.startswith(_END):
+                    ends[stats_of(event).get("_c", -1)] = (start, thread.before(start))
+                elif name == _REGION:
+                    thread = _Thread()
                 continue
             stats = stats_of(event)
-            start, end = event.start_ns / 1e9, (event.start_ns + event.duration_ns) / 1e9
             if "correlation_id" in stats:  # of a GPU's kernel, whose hlo_op it may bear
                 host.launches[stats["correlation_id"]] = start
             elif "hlo_op" in stats:
+                thread.operation(start)
                 pending.append((_cpu_operation(stats, start, end, trace, runs), stats.get("_p")))
+            elif name == _EXECUTE:
+                thread.execute(start, end)
             elif name == _XLA_COMPILE:
                 host.compiles.append(Compile("", start, end - start))
             elif "module" in stats and "(" in name:
@@ -185,11 +197,43 @@ def _read_host(plane: Any, trace: Trace, host: _Host) -> None:
                 details = {k: str(v) for k, v in stats.items() if not k.startswith("_")}
                 trace.spans.append(Span(name, start, end, line.name, details))
     for operation, key in pending:
-        # What was handed to other threads is done when its end is marked.
-        operation.end = max(operation.end, ends.get(key, 0.0) / 1e9)
+        # What was handed to other threads is done when its end is marked, or when the thread that
+        # marks it went on with what waited for it.
+        marked, went_on = ends.get(key, (0.0, 0.0))
+        done = went_on if operation.start <= went_on else marked
+        operation.end = max(operation.end, done)
         run = trace.runs[operation.run or 0]
         run.start, run.end = min(run.start, operation.start), max(run.end, operation.end)
         trace.operations.append(operation)
+
+
+class _Thread:
+    """What one piece of work on a thread of XLA's pool has run so far, in the order of starts."""
+
+    def __init__(self) -> None:
+        self._running: list[tuple[float, float]] = []
+        """Executes (start, end), each within the one before it."""
+        self._last = -1.0
+        """Start of the outermost Execute that ended last, if no operation came after it; or -1."""
+
+    def _advance(self, now: float) -> None:
+        while self._running and self._running[-1][1] <= now:
+            self._last = self._running.pop()[0]
+
+    def execute(self, start: float, end: float) -> None:
+        """An Execute."""
+        self._advance(start)
+        self._running.append((start, end))
+
+    def operation(self, start: float) -> None:
+        """An operation begins."""
+        self._advance(start)
+        self._last = -1.0
+
+    def before(self, now: float) -> float:
+        """When the Execute began that ended last before `now`, nothing after it; -1: none."""
+        self._advance(now)
+        return self._last
 
 
 def _cpu_operation(

@@ -249,6 +249,33 @@ def test_a_cpu_trace(tmp_path):
     assert found.inside.values == pytest.approx([5 * US, 0], abs=1e-12)
 
 
+@pytest.mark.parametrize(("region", "length"), [(41, 5), (59, 19), (30, 19)])
+def test_what_the_marking_thread_ran_first_is_not_the_operations(tmp_path, region, length):
+    """gemm.2 is shared out at 40; thread 2 does the last part of it from 41 to 45, runs what waited
+    for it until 60 and then marks its end. If it began with the part at 59, or has run nothing else
+    that began after gemm.2 did, the mark is the end."""
+
+    def execute(start, end):
+        return Event("ThunkExecutor::Execute", start, end - start)
+
+    began = 45 if region != 30 else 35
+    plane = Plane(
+        "/host:CPU",
+        {
+            "tf_XLAEigen/1": [execute(15, 42), thunk("gemm.2", 40, 1, -5, 2)],
+            "tf_XLAEigen/2": [
+                Event("ThreadpoolListener::StartRegion", region, 0),
+                execute(began, 58), thunk("fusion.3", 47, 5, -5, 3),
+                execute(54, 57),
+                Event("end: gemm.2", 59, 0, {"_ct": 0, "_c": 2}),
+            ],
+        },
+    )  # fmt: skip
+    trace = load(tmp_path, metadata({"jit_step(3)": PROGRAM}), plane)
+    (gemm,) = (op for op in trace.operations if op.name == "gemm.2")
+    assert gemm.end - gemm.start == pytest.approx(length * US)
+
+
 def test_of_programs_with_one_name_that_which_has_the_operations_is_taken(tmp_path):
     other = program("jit_step", {"main": [Op("gemm.1", "custom-call", "jit(step)/wrong/dot")]})
     planes = cpu()
