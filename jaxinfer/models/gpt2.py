@@ -59,11 +59,6 @@ def out_heads(array: np.ndarray, config: ModelConfig) -> np.ndarray:
     return expect(array, (n * h, d)).reshape(n, h, d)
 
 
-def mlp_out(array: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Output projection of the MLP: [F, D] -> [D, F], as the other models have it."""
-    return expect(array, (config.intermediate_size, config.hidden_size)).T
-
-
 def rules(config: ModelConfig) -> tuple[Rule, ...]:
     """The weights of a GPT-2."""
     layer = "transformer.h.{l}."
@@ -80,7 +75,7 @@ def rules(config: ModelConfig) -> tuple[Rule, ...]:
         Rule(layer + "attn.c_proj.bias", "layers_{l}/attn/o_bias", unchanged, ("embed",)),
         matrix_rule(layer + "mlp.c_fc", "layers_{l}/mlp/up", unchanged, ("embed", "mlp"), (0,)),
         Rule(layer + "mlp.c_fc.bias", "layers_{l}/mlp/up_bias", unchanged, ("mlp",)),
-        matrix_rule(layer + "mlp.c_proj", "layers_{l}/mlp/down", mlp_out, ("embed", "mlp"), (1,)),
+        matrix_rule(layer + "mlp.c_proj", "layers_{l}/mlp/down", unchanged, ("mlp", "embed"), (0,)),
         Rule(layer + "mlp.c_proj.bias", "layers_{l}/mlp/down_bias", unchanged, ("embed",)),
     ]
     for part, (letter, heads) in enumerate((("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))):

@@ -178,7 +178,7 @@ class MLP(nn.Module):
             w = weight(self, name, shape, self.dtype)
             y = einsum(spec, x, w, self.ops.quant_matmul)
             if self.config.mlp_bias:
-                y += weight(self, f"{name}_bias", y.shape[1:], self.dtype).astype(jnp.float32)
+                y += weight(self, f"{name}_bias", shape[1:], self.dtype).astype(jnp.float32)
             return y
 
     @nn.compact
@@ -189,8 +189,9 @@ class MLP(nn.Module):
         gate = self.project("td,df->tf", "gate", x, (d, f)) if self.gated else None
         with jax.named_scope("activation"):
             inner = activation(up) if gate is None else activation(gate) * up
-        y = self.project("tf,df->td", "down", inner.astype(self.dtype), (d, f))
-        return y.astype(self.dtype)
+        return self.project("tf,fd->td", "down", inner.astype(self.dtype), (f, d)).astype(
+            self.dtype
+        )
 
 
 @partial(jax.jit, static_argnums=0)

@@ -93,7 +93,7 @@ def projection_rules(config: ModelConfig) -> tuple[Rule, ...]:
         ),
         matrix_rule(mlp + "gate_proj", "layers_{l}/mlp/gate", mlp_in, ("embed", "mlp"), (0,)),
         matrix_rule(mlp + "up_proj", "layers_{l}/mlp/up", mlp_in, ("embed", "mlp"), (0,)),
-        matrix_rule(mlp + "down_proj", "layers_{l}/mlp/down", mlp_out, ("embed", "mlp"), (1,)),
+        matrix_rule(mlp + "down_proj", "layers_{l}/mlp/down", mlp_out, ("mlp", "embed"), (0,)),
     )
     if config.tie_embeddings:
         return table

@@ -114,6 +114,11 @@ def einsum(spec: str, x: jax.Array, w: Any, quant_matmul: QuantMatmul) -> jax.Ar
     if len(x) == 1 and x.dtype != jnp.float32:
         # XLA:CPU converts the whole weight to float32 for one row of bfloat16, not for two.
         return einsum(spec, jnp.concatenate([x, x]), w, quant_matmul)[:1]
+    if 2 < len(x) < 8 and inputs == (w.ndim - 1,) and x.dtype == jnp.float32:
+        # XLA:CPU's own loops (see runner.py) take eight rows of a weight whose inputs lie side by
+        # side, as the output head's do, in a seventh of the time that they take for four.
+        padded = jnp.pad(x, ((0, 8 - len(x)), (0, 0)))
+        return einsum(spec, padded, w, quant_matmul)[: len(x)]
     if len(inputs) > 1 and inputs == tuple(range(len(inputs))):
         # Two contracted axes would make XLA:CPU copy the weight; merged into one they are free.
         x = x.reshape(len(x), -1)

@@ -51,6 +51,17 @@ def test_einsum_is_that_of_the_float_weight(spec, shape, contracted, name):
             np.testing.assert_allclose(out, want, atol=2e-5)
 
 
+@pytest.mark.parametrize("rows", [2, 3, 7, 8])
+def test_a_few_rows_against_inputs_side_by_side_are_computed_as_eight(rows: int):
+    rng = np.random.default_rng(0)
+    w, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((64, 24), (8, 24)))
+    multiply = partial(einsum, "rd,vd->rv", w=w, quant_matmul=OP)
+    got = jax.jit(lambda x: multiply(x=x))(x[:rows])
+    np.testing.assert_allclose(got, x[:rows] @ w.T, rtol=1e-5, atol=1e-5)  # order of 24 products
+    computed = str(jax.make_jaxpr(lambda x: multiply(x=x))(x[:rows]))
+    assert ("f32[8,64]" in computed) == (rows > 2)
+
+
 def test_one_row_of_two_bytes_is_computed_as_two():
     x = jnp.ones((1, 64), jnp.bfloat16)
     out = einsum("td,df->tf", x, jnp.ones((64, 3), jnp.bfloat16), OP)
