@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -102,22 +103,24 @@ def _compiling(program: str) -> jax.profiler.TraceAnnotation:
 
 
 @cache
-def _known(options: tuple[tuple[str, bool | str], ...]) -> bool:
-    """Whether this XLA has the options: they are not part of JAX's interface."""
+def _is_known(option: str, value: bool | str) -> bool:
+    """Whether this XLA has the option: such are not part of JAX's interface."""
     lowered = jax.jit(lambda x: x).lower(jax.ShapeDtypeStruct((), jnp.float32))
     try:
-        lowered.compile(compiler_options=dict(options))
+        lowered.compile(compiler_options={option: value})
     except jax.errors.JaxRuntimeError:
         return False
     return True
 
 
 def compiler_options(model: Model, bucket: Bucket) -> dict[str, bool | str] | None:
-    """What XLA is told beside the program of a step; None: nothing."""
+    """What XLA is told beside the program of a step; None: nothing. What the user says of it in
+    XLA_FLAGS holds."""
     is_float32 = model.dtype == "float32" and not model.formats
     if model.ops.platform != "cpu" or not is_float32 or bucket.num_tokens not in XLA_LOOPS_TOKENS:
         return None
-    return XLA_LOOPS if _known(tuple(XLA_LOOPS.items())) else None
+    is_said = any(option in os.environ.get("XLA_FLAGS", "") for option in XLA_LOOPS)
+    return None if is_said or not all(starmap(_is_known, XLA_LOOPS.items())) else XLA_LOOPS
 
 
 class Runner:
@@ -165,6 +168,7 @@ class Runner:
         # One at a time: the first program is waited for first.
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="jaxinfer-compile")
         self._program, self._options = program, options
+        self._compiler_options = {b: compiler_options(model, b) for b in builder.buckets.all}
         self._is_target = program is step  # a draft model copies no pages and has no bias rows
         self._programs: dict[Bucket, Callable] = {}
         self._early: dict[Bucket, Future[Callable]] = {}
@@ -220,7 +224,7 @@ class Runner:
         return function.lower(self.model.shapes(), *self._state_shapes, packed)
 
     def _finish(self, bucket: Bucket, lowered: jax.stages.Lowered) -> Callable:
-        program = lowered.compile(compiler_options=compiler_options(self.model, bucket))
+        program = lowered.compile(compiler_options=self._compiler_options[bucket])
         analysis = program.memory_analysis()
         self.temp_bytes[bucket] = analysis.temp_size_in_bytes if analysis else 0
         return program

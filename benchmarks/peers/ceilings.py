@@ -4,7 +4,7 @@
 
 {"bytes_s": memory read with all cores, "float32" | "bfloat16" | "int8": multiply-adds of a matrix
 product of N(0, 1) numbers x 2 a second, "by": {...}}. The best of what numpy and, where this Python
-has it, torch reach in SECONDS each (1). A narrow type that is slower than float32 (processors
+has it, torch reach in about SECONDS each (1). A narrow type that is slower than float32 (processors
 without instructions for it), or was not tried, has float32's rate: it can be widened. Standard
 library and numpy, and torch if there.
 """

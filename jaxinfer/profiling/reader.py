@@ -172,7 +172,7 @@ def _read_host(plane: Any, trace: Trace, host: _Host) -> None:
     runs: dict[tuple[Any, Any], int] = {}
     for line in plane.lines:
         thread = _Thread()
-        for event in sorted(line.events, key=lambda event: event.start_ns):
+        for event in sorted(line.events, key=lambda e: (e.start_ns, -e.duration_ns)):
             name = event.name
             start, end = event.start_ns / 1e9, (event.start_ns + event.duration_ns) / 1e9
             if name.startswith(_QUIET):

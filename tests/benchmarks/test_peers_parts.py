@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import machine, workloads
-from benchmarks.peers import measures, models, roofline
+from benchmarks.peers import ceilings, measures, models, roofline
 from benchmarks.peers.measures import Run
 from benchmarks.roofline import Decoder
 from benchmarks.workloads import Ask, Workload
@@ -145,3 +146,16 @@ def test_machines_are_told_apart_by_their_instructions(monkeypatch, tmp_path, fl
     monkeypatch.setattr(machine, "device", lambda: ("cpu", "cpu"))
     assert machine.instructions() == machine.about()["instructions"] == wanted
     assert machine.name() == f"some_cpu_{name}{machine.num_cores()}_cores"
+
+
+@pytest.mark.parametrize(("slow_from", "largest"), [(None, ceilings.SIZE), (256, 256)])
+def test_the_size_of_a_product_is_not_judged_by_one_call(slow_from: int | None, largest: int):
+    sizes: list[int] = []
+
+    def multiply(size: int) -> None:
+        sizes.append(size)
+        if len(sizes) == 1 or (slow_from is not None and size >= slow_from):
+            time.sleep(1.5 * ceilings.LONGEST)
+
+    assert ceilings.product_rate(multiply, 0.01) > 0
+    assert sizes[-1] == max(sizes) == largest

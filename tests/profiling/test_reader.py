@@ -249,11 +249,13 @@ def test_a_cpu_trace(tmp_path):
     assert found.inside.values == pytest.approx([5 * US, 0], abs=1e-12)
 
 
-@pytest.mark.parametrize(("region", "length"), [(41, 5), (59, 19), (30, 19)])
-def test_what_the_marking_thread_ran_first_is_not_the_operations(tmp_path, region, length):
+@pytest.mark.parametrize(
+    ("region", "then", "length"), [(41, 57, 5), (59, 57, 19), (30, 57, 19), (41, 58, 19)]
+)
+def test_what_the_marking_thread_ran_first_is_not_the_operations(tmp_path, region, then, length):
     """gemm.2 is shared out at 40; thread 2 does the last part of it from 41 to 45, runs what waited
-    for it until 60 and then marks its end. If it began with the part at 59, or has run nothing else
-    that began after gemm.2 did, the mark is the end."""
+    for it until 58 and marks its end at 59. If it began with the part at 59, if what it ran began
+    before gemm.2 did, or if another operation came between, the mark is the end."""
 
     def execute(start, end):
         return Event("ThunkExecutor::Execute", start, end - start)
@@ -266,7 +268,7 @@ def test_what_the_marking_thread_ran_first_is_not_the_operations(tmp_path, regio
             "tf_XLAEigen/2": [
                 Event("ThreadpoolListener::StartRegion", region, 0),
                 execute(began, 58), thunk("fusion.3", 47, 5, -5, 3),
-                execute(54, 57),
+                execute(54, 57), thunk("other.4", then, 0.5, -5, 4),
                 Event("end: gemm.2", 59, 0, {"_ct": 0, "_c": 2}),
             ],
         },
