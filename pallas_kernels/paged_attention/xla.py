@@ -33,6 +33,9 @@ from pallas_kernels.paged_attention.token_major import page_bytes as page_bytes
 # few tokens of a row, and the few of a row that verifies a draft, take the small tile.
 DECODE_BLOCK = 64
 TILE_BLOCK = 128
+FEW_ROWS, MANY_ROWS, MOST_ROWS = 8, 64, 16
+"""Rows that a CPU decodes at a time, longest first: FEW_ROWS, from MANY_ROWS rows on MOST_ROWS.
+Each group stops at its own longest row, and its block of K and V stays in the caches."""
 TILE = 64
 SMALL_TILE = 8
 FEW_TOKENS = 32
@@ -148,7 +151,10 @@ def paged_attention(
         jnp.arange(num_rows, dtype=jnp.int32) < ragged.num_decode, ragged.kv_lens, 0
     )
     q_rows = _first(scaled, num_rows)
-    out = _decode(q_rows, pages, ragged.page_table, decode_lens, options)
+    group = num_rows
+    if target.platform == "cpu":
+        group = FEW_ROWS if num_rows < MANY_ROWS else MOST_ROWS
+    out = _decode(q_rows, pages, ragged.page_table, decode_lens, options, group)
     if not ragged.decode_only:
         out = _first(out, num_tokens)
         out = _tiles(scaled, out, pages, ragged, options)
@@ -168,19 +174,45 @@ def _decode(
     page_table: jax.Array,  # [S, MP]
     kv_lens: jax.Array,  # [S]; 0: the row gives zeros
     options: Options,
+    group: int,  # rows at a time
 ) -> jax.Array:  # [S, K, G, H] float32
-    """One query per row, all rows at once, block by block up to the longest row."""
-    if q.shape[2] == 1:
-        # XLA:CPU makes matrix-vector products of a group of one, 25 times slower than of two.
-        pair = jnp.pad(q, ((0, 0), (0, 0), (0, 1), (0, 0)))
-        return _decode(pair, pages, page_table, kv_lens, options)[:, :, :1]
+    """One query per row. Groups of rows of like lengths, one group after another."""
+    num_rows, _, queries, _ = q.shape
+    # XLA:CPU makes matrix-vector products of a single query, 25 times slower than of two.
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, int(queries == 1)), (0, 0)))
+    table = _pad_table(page_table, max(1, DECODE_BLOCK // pages.k.shape[-1]))
+    if num_rows <= group:
+        return _decode_group(q, pages, table, kv_lens, options)[:, :, :queries]
+    padding = -num_rows % group
+    q, table, kv_lens = (
+        jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)) for x in (q, table, kv_lens)
+    )
+    order = jnp.argsort(kv_lens, descending=True)
+    ordered = (q[order], table[order], kv_lens[order])
+
+    def step(i: jax.Array, out: jax.Array) -> jax.Array:
+        some = (lax.dynamic_slice_in_dim(x, i * group, group) for x in ordered)
+        q, table, kv_lens = some
+        done = _decode_group(q, pages, table, kv_lens, options)
+        return lax.dynamic_update_slice_in_dim(out, done, i * group, axis=0)
+
+    out = lax.fori_loop(0, q.shape[0] // group, step, jnp.zeros_like(q))
+    return jnp.zeros_like(q).at[order].set(out)[:num_rows, :, :queries]
+
+
+def _decode_group(
+    q: jax.Array,  # [R, K, G, H]
+    pages: Pages,
+    table: jax.Array,  # [R, whole blocks of pages]
+    kv_lens: jax.Array,  # [R]
+    options: Options,
+) -> jax.Array:  # [R, K, G, H]
+    """All rows of a group at once, block by block up to the longest."""
     page_size = pages.k.shape[-1]
     num_rows = q.shape[0]
     block = max(1, DECODE_BLOCK // page_size)
-    table = _pad_table(page_table, block)
     width = block * page_size
-    low = jnp.zeros_like(kv_lens)
-    first = jnp.int32(0)
+    low, first = None, jnp.int32(0)
     if options.window is not None:
         low = jnp.maximum(kv_lens - options.window, 0)
         empty = jnp.int32(jnp.iinfo(jnp.int32).max)
@@ -189,11 +221,15 @@ def _decode(
 
     def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest, total, acc = state
-        kv = _gather(pages, lax.dynamic_slice_in_dim(table, i * block, block, axis=1))
-        pos = i * width + jnp.arange(width, dtype=jnp.int32)
-        visible = (pos < kv_lens[:, None]) & (pos >= low[:, None])  # [S, C]
+        ids = lax.dynamic_slice_in_dim(table, i * block, block, axis=1)
+        start = i * width
+        kv = _gather(pages, ids, None if low is None else low - start, kv_lens - start)
+        pos = start + jnp.arange(width, dtype=jnp.int32)
+        visible = pos < kv_lens[:, None]  # [R, C]
+        if low is not None:
+            visible &= pos >= low[:, None]
         # Not a dot: XLA:CPU would write its result transposed.
-        scores = jnp.sum(q[..., None] * kv.k[:, :, None], axis=3)  # [S, K, G, C]
+        scores = jnp.sum(q[..., None] * kv.k[:, :, None], axis=3)  # [R, K, G, C]
         if kv.k_scale is not None:
             scores *= kv.k_scale[:, :, None]
         scores = _cap(scores, options)
@@ -206,8 +242,7 @@ def _decode(
         total = total * shrink + jnp.sum(weights, axis=-1)
         if kv.v_scale is not None:
             weights = jnp.where(seen, weights * kv.v_scale[:, :, None], 0.0)
-        v = jnp.where(visible[:, None, :, None], kv.v, 0.0)
-        product = _einsum("skgc,skch->skgh", weights, v)
+        product = _einsum("skgc,skch->skgh", weights, kv.v)
         return new, total, acc * shrink[..., None] + product
 
     largest = jnp.full(q.shape[:3], MASKED, jnp.float32)
@@ -292,10 +327,12 @@ def _tile(
     def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest, total, acc = state
         ids = lax.dynamic_slice_in_dim(table, i * block, block)
-        kv = jax.tree.map(lambda x: x[0], _gather(pages, ids[None]))
-        pos = i * width + jnp.arange(width, dtype=jnp.int32)
-        owned = (pos >= low) & (pos < high)
-        visible = owned & (pos <= q_pos_all[:, None]) & is_real[:, None]
+        start = i * width
+        first = None if low is None else (low - start)[None]
+        kv = _gather(pages, ids[None], first, (high - start)[None])
+        kv = jax.tree.map(lambda x: x[0], kv)
+        pos = start + jnp.arange(width, dtype=jnp.int32)
+        visible = (pos <= q_pos_all[:, None]) & is_real[:, None]
         if options.window is not None:
             visible &= pos > q_pos_all[:, None] - options.window
         scores = _einsum("kqh,khc->kqc", q, kv.k)
@@ -309,8 +346,8 @@ def _tile(
         total = total * shrink + jnp.sum(weights, axis=-1)
         if kv.v_scale is not None:
             weights = jnp.where(visible, weights * kv.v_scale[:, None, None], 0.0)
-        v = jnp.where(owned[:, None], kv.v, 0.0)
-        product = _einsum("kqc,kch->kqh", weights.reshape(num_kv_heads, group * size, width), v)
+        weights = weights.reshape(num_kv_heads, group * size, width)
+        product = _einsum("kqc,kch->kqh", weights, kv.v)
         return new, total, acc * shrink[..., None] + product.reshape(acc.shape)
 
     largest = jnp.full((num_kv_heads, group, size), MASKED, jnp.float32)
@@ -324,7 +361,7 @@ def _tile(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Block:
-    """C positions of R rows, float32; k and v not yet scaled."""
+    """C positions of R rows, float32, not yet scaled; v is 0 at positions not asked for."""
 
     k: jax.Array  # [R, K, H, C]
     v: jax.Array  # [R, K, C, H]
@@ -332,29 +369,45 @@ class Block:
     v_scale: jax.Array | None
 
 
-def _gather(pages: Pages, ids: jax.Array) -> Block:
+def _gather(pages: Pages, ids: jax.Array, low: jax.Array | None, high: jax.Array) -> Block:
     """The pages ids [R, B], which `validate` has put within the pool; C = B * page_size.
 
+    Of a row's C positions [low, high) are asked for (None: from 0 on); others may hold NaN.
     Gathers (page, head) slices: each is contiguous, and v needs no transpose after.
     """
     num_pages, num_kv_heads, head_dim, page_size = pages.k.shape
     num_rows, block = ids.shape
+    width = block * page_size
     slices = ids[:, None] * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)[:, None]
 
     def gather(pool: jax.Array) -> jax.Array:
         # Each slice as one long row: XLA:CPU copies that faster than a slice of two axes.
         flat = pool.reshape(num_pages * num_kv_heads, -1)
-        found = flat.at[slices].get(mode="promise_in_bounds")
-        return found.reshape(*slices.shape, *pool.shape[2:])  # [R, K, B, ...]
+        return flat.at[slices].get(mode="promise_in_bounds")  # [R, K, B, ...]
 
-    k = gather(pages.k).transpose(0, 1, 3, 2, 4)
-    k = k.reshape(num_rows, num_kv_heads, head_dim, block * page_size)
-    v = gather(pages.v).reshape(num_rows, num_kv_heads, block * page_size, head_dim)
+    def where_asked(v: jax.Array, steps: int) -> jax.Array:
+        """`v [R, K, n, ...]`, in which a position is so many steps of an index over n and more."""
+        at = jnp.arange(width * steps, dtype=jnp.int32).reshape(v.shape[2], -1)
+        asked = at < high[:, None, None] * steps
+        if low is not None:
+            asked &= at >= low[:, None, None] * steps
+        return jnp.where(asked[:, None], v, 0.0)
+
+    k = gather(pages.k).reshape(*slices.shape, head_dim, page_size).transpose(0, 1, 3, 2, 4)
+    k = _from_stored(k.reshape(num_rows, num_kv_heads, head_dim, width), pages.dtype)
+    by_position = (num_rows, num_kv_heads, width, head_dim)
+    v = gather(pages.v)
+    if pages.dtype == "float32":
+        # XLA:CPU vectorises a loop over a whole slice; one over a position it writes out number
+        # by number. (Of narrower types that costs more than what positions not asked for spare.)
+        v = where_asked(v, head_dim).reshape(by_position)
+    else:
+        v = where_asked(_from_stored(v.reshape(by_position), pages.dtype), 1)
     k_scale = v_scale = None
     if pages.k_scale is not None and pages.v_scale is not None:
-        flat = (num_rows, num_kv_heads, block * page_size)
+        flat = (num_rows, num_kv_heads, width)
         k_scale, v_scale = gather(pages.k_scale).reshape(flat), gather(pages.v_scale).reshape(flat)
-    return Block(_from_stored(k, pages.dtype), _from_stored(v, pages.dtype), k_scale, v_scale)
+    return Block(k, v, k_scale, v_scale)
 
 
 def _div(x: jax.Array, by: int) -> jax.Array:
@@ -369,8 +422,13 @@ def _cap(scores: jax.Array, options: Options) -> jax.Array:
 
 
 def _pad_table(page_table: jax.Array, block: int) -> jax.Array:
-    """`page_table` with whole blocks of columns, so that no slice of it is shifted at its end."""
-    return jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % block)))
+    """`page_table` with whole blocks of columns, so that no slice of it is shifted at its end.
+
+    At least two: of one block XLA:CPU knows that the loop over blocks runs once, and fuses the
+    gather into the products (3 to 10 times slower).
+    """
+    columns = page_table.shape[1]
+    return jnp.pad(page_table, ((0, 0), (0, max(2 * block, columns + -columns % block) - columns)))
 
 
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

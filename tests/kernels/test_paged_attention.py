@@ -142,6 +142,24 @@ def test_a_row_does_not_depend_on_its_batch_mates(ops: Ops):
     assert not np.array_equal(full[built.tokens[1]], other[built.tokens[1]])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("num_rows", [19, 70])
+def test_rows_decoded_in_groups_come_back_in_their_order(num_rows: int, dtype: str):
+    """The XLA form on a CPU takes rows by length; a row's group changes none of its bits."""
+    ops = pallas_kernels.resolve("xla")
+    lens = [1 + 37 * i % 211 for i in range(num_rows)]
+    case = Case(rows=tuple((1, n) for n in lens), num_decode=num_rows, dtype=dtype)
+    built = build(replace(case, decode_only=True))
+    full = attend(ops, built, fill=np.nan)
+    assert error_of(full, oracle(built)) <= 1
+    kv_lens = built.ragged["kv_lens"].copy()
+    kept = np.asarray(lens) > 100
+    kv_lens[:num_rows][~kept] = 1
+    other = attend(ops, changed(built, kv_lens=kv_lens), fill=np.nan)
+    tokens = np.concatenate(built.tokens)
+    assert np.array_equal(full[tokens[kept]], other[tokens[kept]])
+
+
 @pytest.mark.parametrize("decode_only", [True, False])
 def test_decode_rows_in_fewer_tokens_than_rows(ops: Ops, decode_only: bool):
     """A batch of many padding rows and few tokens, and the same rows as a decode batch."""
