@@ -95,7 +95,8 @@ def expand(rules: Iterable[Rule], num_layers: int) -> list[Rule]:
 
 
 # Transforms. Each states the checkpoint shape it takes, so that a tensor of another shape with the
-# same number of elements is refused; all but `plus_one` are views.
+# same number of elements is refused; all but `plus_one` are views. Matrices have their outputs
+# first, as checkpoints store them.
 
 
 def expect(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -106,25 +107,20 @@ def expect(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def vocab_by_embed(array: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Embedding table [V, D], as stored."""
+    """Embedding table or output head [V, D], as stored."""
     return expect(array, (config.vocab_size, config.hidden_size))
 
 
-def embed_by_vocab(array: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Output head: [V, D] -> [D, V]."""
-    return expect(array, (config.vocab_size, config.hidden_size)).T
-
-
 def query_heads(array: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Query projection: [N*H, D] -> [D, N, H]."""
+    """Query projection: [N*H, D] -> [N, H, D]."""
     n, h, d = config.num_heads, config.head_dim, config.hidden_size
-    return expect(array, (n * h, d)).T.reshape(d, n, h)
+    return expect(array, (n * h, d)).reshape(n, h, d)
 
 
 def kv_heads(array: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Key or value projection: [K*H, D] -> [D, K, H]."""
+    """Key or value projection: [K*H, D] -> [K, H, D]."""
     k, h, d = config.num_kv_heads, config.head_dim, config.hidden_size
-    return expect(array, (k * h, d)).T.reshape(d, k, h)
+    return expect(array, (k * h, d)).reshape(k, h, d)
 
 
 def query_bias(array: np.ndarray, config: ModelConfig) -> np.ndarray:
@@ -140,19 +136,19 @@ def kv_bias(array: np.ndarray, config: ModelConfig) -> np.ndarray:
 
 
 def out_heads(array: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Output projection of attention: [D, N*H] -> [N, H, D]."""
+    """Output projection of attention: [D, N*H] -> [D, N, H]."""
     n, h, d = config.num_heads, config.head_dim, config.hidden_size
-    return expect(array, (d, n * h)).T.reshape(n, h, d)
+    return expect(array, (d, n * h)).reshape(d, n, h)
 
 
 def mlp_in(array: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Gate or up projection: [F, D] -> [D, F]."""
-    return expect(array, (config.intermediate_size, config.hidden_size)).T
+    """Gate or up projection [F, D], as stored."""
+    return expect(array, (config.intermediate_size, config.hidden_size))
 
 
 def mlp_out(array: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Down projection: [D, F] -> [F, D]."""
-    return expect(array, (config.hidden_size, config.intermediate_size)).T
+    """Down projection [D, F], as stored."""
+    return expect(array, (config.hidden_size, config.intermediate_size))
 
 
 def unchanged(array: np.ndarray, config: ModelConfig) -> np.ndarray:

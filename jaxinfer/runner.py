@@ -9,8 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache, partial
-from itertools import starmap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,6 @@ from jaxinfer.step import copy_pages, set_bias_row, step
 
 COPY_PAIRS = 16
 """Page pairs that one run of the copy program takes."""
-XLA_LOOPS: dict[str, bool | str] = {
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"
-}
-"""XLA:CPU multiplies matrices by its own loops, not by YNNPACK, which keeps sums of products."""
-XLA_LOOPS_TOKENS = range(3, 17)
-"""Where that is faster. Both read a weight once, but YNNPACK rearranges it on every call: a float32
-[576, 1536] with AVX2 takes 0.35 ms for 4 rows and 0.57 for 16, XLA's loops 0.21 and 0.33; for 32
-rows 0.76 and 1.06, for 1 and 2 they are equal. In bfloat16 the loops are two to four times slower,
-and they know no integers."""
 
 
 class CompileCounter:
@@ -102,27 +92,6 @@ def _compiling(program: str) -> jax.profiler.TraceAnnotation:
     return jax.profiler.TraceAnnotation("compile", program=program)
 
 
-@cache
-def _is_known(option: str, value: bool | str) -> bool:
-    """Whether this XLA has the option: such are not part of JAX's interface."""
-    lowered = jax.jit(lambda x: x).lower(jax.ShapeDtypeStruct((), jnp.float32))
-    try:
-        lowered.compile(compiler_options={option: value})
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
-
-
-def compiler_options(model: Model, bucket: Bucket) -> dict[str, bool | str] | None:
-    """What XLA is told beside the program of a step; None: nothing. What the user says of it in
-    XLA_FLAGS holds."""
-    is_float32 = model.dtype == "float32" and not model.formats
-    if model.ops.platform != "cpu" or not is_float32 or bucket.num_tokens not in XLA_LOOPS_TOKENS:
-        return None
-    is_said = any(option in os.environ.get("XLA_FLAGS", "") for option in XLA_LOOPS)
-    return None if is_said or not all(starmap(_is_known, XLA_LOOPS.items())) else XLA_LOOPS
-
-
 class Runner:
     """Runs steps of one model on one device, in the order they are given.
 
@@ -168,7 +137,6 @@ class Runner:
         # One at a time: the first program is waited for first.
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="jaxinfer-compile")
         self._program, self._options = program, options
-        self._compiler_options = {b: compiler_options(model, b) for b in builder.buckets.all}
         self._is_target = program is step  # a draft model copies no pages and has no bias rows
         self._programs: dict[Bucket, Callable] = {}
         self._early: dict[Bucket, Future[Callable]] = {}
@@ -224,7 +192,7 @@ class Runner:
         return function.lower(self.model.shapes(), *self._state_shapes, packed)
 
     def _finish(self, bucket: Bucket, lowered: jax.stages.Lowered) -> Callable:
-        program = lowered.compile(compiler_options=self._compiler_options[bucket])
+        program = lowered.compile()
         analysis = program.memory_analysis()
         self.temp_bytes[bucket] = analysis.temp_size_in_bytes if analysis else 0
         return program

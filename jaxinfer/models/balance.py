@@ -24,7 +24,7 @@ from pallas_kernels.paged_attention import Ragged
 
 NUM_TOKENS = 128
 READERS = {"attn_norm": ("attn/q", "attn/k", "attn/v"), "mlp_norm": ("mlp/gate", "mlp/up")}
-"""The norms of every block here, and all that reads each; the first axis of a reader is the
+"""The norms of every block here, and all that reads each; the last axis of a reader is the
 norm's."""
 MAX_FACTOR = 256.0
 _PAGE_SIZE = 16
@@ -111,14 +111,14 @@ class Balancer:
 def balance(
     layer: dict[str, np.ndarray], prefix: str, rms: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The leaves of a layer, its norms divided and their readers' rows multiplied by `factors`."""
+    """The leaves of a layer, its norms divided, their readers' columns multiplied by `factors`."""
     changed = dict(layer)
     for norm, names in READERS.items():
         readers = [prefix + name for name in names if prefix + name in layer]
-        columns = [layer[p].astype(np.float32).reshape(len(layer[p]), -1) for p in readers]
-        scales = factors(rms[norm], columns)
-        for path, matrix in zip(readers, columns, strict=True):
-            changed[path] = (matrix * scales[:, None]).reshape(layer[path].shape)
+        matrices = [layer[p].astype(np.float32) for p in readers]
+        scales = factors(rms[norm], matrices)
+        for path, matrix in zip(readers, matrices, strict=True):
+            changed[path] = matrix * scales
         for part in ("scale", "bias"):
             path = f"{prefix}{norm}/{part}"
             if path in layer:
@@ -127,9 +127,9 @@ def balance(
 
 
 def factors(rms: np.ndarray, matrices: list[np.ndarray]) -> np.ndarray:
-    """Float32 [D], around 1, for inputs of magnitude `rms` [D] of matrices [D, N]; 1 for an input
+    """Float32 [D], around 1, for inputs of magnitude `rms` [D] of matrices [..., D]; 1 for an input
     that is always zero, or that nothing reads."""
-    squares = sum(np.mean(np.square(m), axis=1) for m in matrices)
+    squares = sum(np.mean(np.square(m.reshape(-1, len(rms))), axis=0) for m in matrices)
     with np.errstate(divide="ignore"):
         logs = (np.log(rms) - np.log(squares) / 2) / 2
     used = np.isfinite(logs)

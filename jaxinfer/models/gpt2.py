@@ -13,7 +13,7 @@ import numpy as np
 from jaxinfer.config import ModelConfig
 from jaxinfer.models.layers import MLP, Attention, LayerNorm, Rotation
 from jaxinfer.models.llama import matrix_rule
-from jaxinfer.params import Rule, Transform, embed_by_vocab, expect, unchanged, vocab_by_embed
+from jaxinfer.params import Rule, Transform, expect, unchanged, vocab_by_embed
 
 # Causal masks that old checkpoints store as buffers.
 IGNORED = ("*.attn.bias", "*.attn.masked_bias")
@@ -42,9 +42,9 @@ class Block(nn.Module):
 
 
 def split_weight(array: np.ndarray, config: ModelConfig, *, part: int) -> np.ndarray:
-    """Part 0, 1, 2 (q, k, v) of the fused [D, 3*N*H], as [D, N, H]."""
+    """Part 0, 1, 2 (q, k, v) of the fused [D, 3*N*H], as [N, H, D]."""
     d, n, h = config.hidden_size, config.num_heads, config.head_dim
-    return expect(array, (d, 3 * n * h)).reshape(d, 3, n, h)[:, part]
+    return expect(array, (d, 3 * n * h)).T.reshape(3, n, h, d)[part]
 
 
 def split_bias(array: np.ndarray, config: ModelConfig, *, part: int) -> np.ndarray:
@@ -54,9 +54,15 @@ def split_bias(array: np.ndarray, config: ModelConfig, *, part: int) -> np.ndarr
 
 
 def out_heads(array: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Output projection of attention: [N*H, D] -> [N, H, D]."""
+    """Output projection of attention: [N*H, D] -> [D, N, H]."""
     n, h, d = config.num_heads, config.head_dim, config.hidden_size
-    return expect(array, (n * h, d)).reshape(n, h, d)
+    return expect(array, (n * h, d)).T.reshape(d, n, h)
+
+
+def outputs_first(array: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """A matrix of the MLP, which GPT-2 stores with its inputs first."""
+    del config
+    return array.T
 
 
 def rules(config: ModelConfig) -> tuple[Rule, ...]:
@@ -69,13 +75,15 @@ def rules(config: ModelConfig) -> tuple[Rule, ...]:
             layer + "attn.c_proj",
             "layers_{l}/attn/o",
             out_heads,
-            ("heads", "head_dim", "embed"),
-            (0, 1),
+            ("embed", "heads", "head_dim"),
+            (1, 2),
         ),
         Rule(layer + "attn.c_proj.bias", "layers_{l}/attn/o_bias", unchanged, ("embed",)),
-        matrix_rule(layer + "mlp.c_fc", "layers_{l}/mlp/up", unchanged, ("embed", "mlp"), (0,)),
+        matrix_rule(layer + "mlp.c_fc", "layers_{l}/mlp/up", outputs_first, ("mlp", "embed"), (1,)),
         Rule(layer + "mlp.c_fc.bias", "layers_{l}/mlp/up_bias", unchanged, ("mlp",)),
-        matrix_rule(layer + "mlp.c_proj", "layers_{l}/mlp/down", unchanged, ("mlp", "embed"), (0,)),
+        matrix_rule(
+            layer + "mlp.c_proj", "layers_{l}/mlp/down", outputs_first, ("embed", "mlp"), (1,)
+        ),
         Rule(layer + "mlp.c_proj.bias", "layers_{l}/mlp/down_bias", unchanged, ("embed",)),
     ]
     for part, (letter, heads) in enumerate((("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads"))):
@@ -83,7 +91,7 @@ def rules(config: ModelConfig) -> tuple[Rule, ...]:
         bias: Transform = functools.partial(split_bias, part=part)
         path = f"layers_{{l}}/attn/{letter}"
         table += [
-            matrix_rule(layer + "attn.c_attn", path, weight, ("embed", heads, "head_dim"), (0,)),
+            matrix_rule(layer + "attn.c_attn", path, weight, (heads, "head_dim", "embed"), (2,)),
             Rule(layer + "attn.c_attn.bias", f"{path}_bias", bias, (heads, "head_dim")),
         ]
     norms = ((layer + "ln_1", "layers_{l}/attn_norm"), (layer + "ln_2", "layers_{l}/mlp_norm"))
@@ -93,5 +101,5 @@ def rules(config: ModelConfig) -> tuple[Rule, ...]:
             Rule(f"{name}.bias", f"{path}/bias", unchanged, ("norm",), "float32"),
         ]
     if not config.tie_embeddings:
-        table.append(matrix_rule("lm_head", "lm_head", embed_by_vocab, ("embed", "vocab"), (0,)))
+        table.append(matrix_rule("lm_head", "lm_head", vocab_by_embed, ("vocab", "embed"), (1,)))
     return tuple(table)

@@ -121,10 +121,10 @@ class Attention(nn.Module):
 
     @nn.nowrap
     def project(self, name: str, x: jax.Array, num_heads: int) -> jax.Array:
-        """x [T, D] times weight `name` [D, N, H], with its bias where the model has one."""
+        """x [T, D] times weight `name` [N, H, D], with its bias where the model has one."""
         shape = (num_heads, self.config.head_dim)
-        w = weight(self, name, (self.config.hidden_size, *shape), self.dtype)
-        y = einsum("td,dnh->tnh", x, w, self.ops.quant_matmul)
+        w = weight(self, name, (*shape, self.config.hidden_size), self.dtype)
+        y = einsum("td,nhd->tnh", x, w, self.ops)
         if self.config.qkv_bias:
             y += weight(self, f"{name}_bias", shape, self.dtype).astype(jnp.float32)
         return y.astype(self.dtype)
@@ -154,9 +154,9 @@ class Attention(nn.Module):
                 soft_cap=config.attn_soft_cap,
             )
         with jax.named_scope("out"):
-            shape = (config.num_heads, config.head_dim, config.hidden_size)
+            shape = (config.hidden_size, config.num_heads, config.head_dim)
             o = weight(self, "o", shape, self.dtype)
-            y = einsum("tnh,nhd->td", attended, o, self.ops.quant_matmul)
+            y = einsum("tnh,dnh->td", attended, o, self.ops)
             if config.out_bias:
                 bias = weight(self, "o_bias", (config.hidden_size,), self.dtype)
                 y += bias.astype(jnp.float32)
@@ -172,26 +172,24 @@ class MLP(nn.Module):
     gated: bool = True
 
     @nn.nowrap
-    def project(self, spec: str, name: str, x: jax.Array, shape: tuple[int, int]) -> jax.Array:
-        """x times weight `name`, with its bias where the model has one; float32."""
+    def project(self, name: str, x: jax.Array, num_outputs: int) -> jax.Array:
+        """x times weight `name` [outputs, inputs], with its bias where there is one; float32."""
         with jax.named_scope(name):
-            w = weight(self, name, shape, self.dtype)
-            y = einsum(spec, x, w, self.ops.quant_matmul)
+            w = weight(self, name, (num_outputs, x.shape[1]), self.dtype)
+            y = einsum("ti,oi->to", x, w, self.ops)
             if self.config.mlp_bias:
-                y += weight(self, f"{name}_bias", shape[1:], self.dtype).astype(jnp.float32)
+                y += weight(self, f"{name}_bias", (num_outputs,), self.dtype).astype(jnp.float32)
             return y
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         d, f = self.config.hidden_size, self.config.intermediate_size
         activation = ACTIVATIONS[self.config.activation]
-        up = self.project("td,df->tf", "up", x, (d, f))
-        gate = self.project("td,df->tf", "gate", x, (d, f)) if self.gated else None
+        up = self.project("up", x, f)
+        gate = self.project("gate", x, f) if self.gated else None
         with jax.named_scope("activation"):
             inner = activation(up) if gate is None else activation(gate) * up
-        return self.project("tf,fd->td", "down", inner.astype(self.dtype), (f, d)).astype(
-            self.dtype
-        )
+        return self.project("down", inner.astype(self.dtype), d).astype(self.dtype)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -292,10 +290,8 @@ class Decoder(nn.Module):
 def unembed(params: dict[str, Any], hidden: jax.Array, config: ModelConfig, ops: Any) -> jax.Array:
     """hidden [R, D] -> logits float32 [R, V], by the tied embedding or `lm_head`, soft-capped."""
     with jax.named_scope("logits"):
-        if config.tie_embeddings:
-            logits = einsum("rd,vd->rv", hidden, params["embed"], ops.quant_matmul)
-        else:
-            logits = einsum("rd,dv->rv", hidden, params["lm_head"], ops.quant_matmul)
+        head = params["embed" if config.tie_embeddings else "lm_head"]
+        logits = einsum("rd,vd->rv", hidden, head, ops)
         if config.final_soft_cap is not None:
             cap = jnp.float32(config.final_soft_cap)
             logits = cap * jnp.tanh(logits / cap)

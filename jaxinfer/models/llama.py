@@ -14,7 +14,6 @@ from jaxinfer.models.layers import MLP, Attention, RMSNorm, Rotation
 from jaxinfer.params import (
     Rule,
     Transform,
-    embed_by_vocab,
     kv_bias,
     kv_heads,
     mlp_in,
@@ -80,24 +79,24 @@ def projection_rules(config: ModelConfig) -> tuple[Rule, ...]:
     table = (
         matrix_rule("model.embed_tokens", "embed", vocab_by_embed, ("vocab", "embed"), (1,)),
         matrix_rule(
-            attn + "q_proj", "layers_{l}/attn/q", query_heads, ("embed", "heads", "head_dim"), (0,)
+            attn + "q_proj", "layers_{l}/attn/q", query_heads, ("heads", "head_dim", "embed"), (2,)
         ),
         matrix_rule(
-            attn + "k_proj", "layers_{l}/attn/k", kv_heads, ("embed", "kv_heads", "head_dim"), (0,)
+            attn + "k_proj", "layers_{l}/attn/k", kv_heads, ("kv_heads", "head_dim", "embed"), (2,)
         ),
         matrix_rule(
-            attn + "v_proj", "layers_{l}/attn/v", kv_heads, ("embed", "kv_heads", "head_dim"), (0,)
+            attn + "v_proj", "layers_{l}/attn/v", kv_heads, ("kv_heads", "head_dim", "embed"), (2,)
         ),
         matrix_rule(
-            attn + "o_proj", "layers_{l}/attn/o", out_heads, ("heads", "head_dim", "embed"), (0, 1)
+            attn + "o_proj", "layers_{l}/attn/o", out_heads, ("embed", "heads", "head_dim"), (1, 2)
         ),
-        matrix_rule(mlp + "gate_proj", "layers_{l}/mlp/gate", mlp_in, ("embed", "mlp"), (0,)),
-        matrix_rule(mlp + "up_proj", "layers_{l}/mlp/up", mlp_in, ("embed", "mlp"), (0,)),
-        matrix_rule(mlp + "down_proj", "layers_{l}/mlp/down", mlp_out, ("mlp", "embed"), (0,)),
+        matrix_rule(mlp + "gate_proj", "layers_{l}/mlp/gate", mlp_in, ("mlp", "embed"), (1,)),
+        matrix_rule(mlp + "up_proj", "layers_{l}/mlp/up", mlp_in, ("mlp", "embed"), (1,)),
+        matrix_rule(mlp + "down_proj", "layers_{l}/mlp/down", mlp_out, ("embed", "mlp"), (1,)),
     )
     if config.tie_embeddings:
         return table
-    head = matrix_rule("lm_head", "lm_head", embed_by_vocab, ("embed", "vocab"), (0,))
+    head = matrix_rule("lm_head", "lm_head", vocab_by_embed, ("vocab", "embed"), (1,))
     return (*table, head)
 
 

@@ -206,7 +206,7 @@ def _op_name(metadata: Field) -> str:
 def scope_of(op_name: str) -> Scope:
     """The named scopes of an op_name, outermost first, layers merged: () where it has none.
 
-    "jit(step)/Decoder/layers_3/attn/qkv/td,dnh->tnh/dot_general" gives ("Decoder", "layers",
+    "jit(step)/Decoder/layers_3/attn/qkv/td,nhd->tnh/dot_general" gives ("Decoder", "layers",
     "attn", "qkv"): transformations, loops, branches and an einsum's letters say how it runs, not
     what it is, and the last part is the primitive.
     """

@@ -16,7 +16,12 @@ import jax.numpy as jnp
 
 from pallas_kernels.quant_matmul import Format, dequantise
 
-QuantMatmul = Callable[..., jax.Array]
+WEIGHT_FIRST_ROWS = 64
+"""YNNPACK, which multiplies for XLA:CPU, rearranges the second operand of a product on every call.
+For up to so many float32 rows the weight is the first: with AVX2 a [1536, 576] takes 0.21 ms for 4
+rows, 0.29 for 16, 0.45 for 32 and 0.81 for 64, and as the second operand 0.46, 0.61, 0.73 and 1.02;
+for 128 and more rows there is nothing in it. (bfloat16 gains from 16 to 32 rows alone, int8
+nowhere.)"""
 
 
 @dataclass(frozen=True)
@@ -90,14 +95,15 @@ class QuantArray:
         return matrix.reshape([self.shape[axis] for axis in axes]).transpose(order)
 
 
-def einsum(spec: str, x: jax.Array, w: Any, quant_matmul: QuantMatmul) -> jax.Array:
-    """`einsum(spec, x, w)`, accumulated and returned in float32, w an array or a QuantArray.
+def einsum(spec: str, x: jax.Array, w: Any, ops: Any) -> jax.Array:
+    """`einsum(spec, x, w)`, accumulated and returned in float32, w an array or a QuantArray; `ops`
+    (pallas_kernels.Ops) has what multiplies the latter.
 
     x's first axis is rows; its others, all that x has beside them, are summed over. The output has
-    the rows, then w's other axes in w's order: "tnh,nhd->td". ValueError for another spec, or one
+    the rows, then w's other axes in w's order: "tnh,dnh->td". ValueError for another spec, or one
     that sums over other axes than w was quantised for.
     """
-    inputs, kept = _axes(spec)
+    inputs = _inputs(spec)
     if isinstance(w, QuantArray):
         if inputs != w.contracted:
             raise ValueError(
@@ -107,27 +113,31 @@ def einsum(spec: str, x: jax.Array, w: Any, quant_matmul: QuantMatmul) -> jax.Ar
         rows = x.reshape(len(x), -1)
         if w.permutation is not None:
             rows = jnp.take(rows, w.permutation, axis=1)
-        out = quant_matmul(rows, w.data, w.scales, w.zeros, format=w.format)
+        out = ops.quant_matmul(rows, w.data, w.scales, w.zeros, format=w.format)
         if w.offsets is not None:
             out += _times_offsets(rows, w.offsets)
         return out.reshape(len(x), *(w.shape[axis] for axis in w.kept))
     if len(x) == 1 and x.dtype != jnp.float32:
         # XLA:CPU converts the whole weight to float32 for one row of bfloat16, not for two.
-        return einsum(spec, jnp.concatenate([x, x]), w, quant_matmul)[:1]
-    if 2 < len(x) < 8 and inputs == (w.ndim - 1,) and x.dtype == jnp.float32:
-        # XLA:CPU's own loops (see runner.py) take eight rows of a weight whose inputs lie side by
-        # side, as the output head's do, in a quarter ([8192, 576]) to a seventh ([49152, 576]) of
-        # the time that they take for four. YNNPACK takes little longer for eight (11 and 13 ms).
-        padded = jnp.pad(x, ((0, 8 - len(x)), (0, 0)))
-        return einsum(spec, padded, w, quant_matmul)[: len(x)]
-    if len(inputs) > 1 and inputs == tuple(range(len(inputs))):
-        # Two contracted axes would make XLA:CPU copy the weight; merged into one they are free.
-        x = x.reshape(len(x), -1)
-        w = w.reshape(-1, *(w.shape[axis] for axis in kept))
-        letters = spec.split(",")[1].split("->")[0]
-        spec = f"{spec[0]}{letters[0]},{letters[0]}{''.join(letters[a] for a in kept)}->"
-        spec += spec[0] + "".join(letters[a] for a in kept)
+        return einsum(spec, jnp.concatenate([x, x]), w, ops)[:1]
+    if ops.platform == "cpu" and inputs == tuple(range(w.ndim - len(inputs), w.ndim)):
+        outputs = w.shape[: -len(inputs)]
+        matrix = w.reshape(math.prod(outputs), -1)  # two inputs would make XLA:CPU copy the weight
+        return _times_matrix(x.reshape(len(x), -1), matrix).reshape(len(x), *outputs)
     return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)
+
+
+def _times_matrix(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """x [T, K] times the matrix [N, K] of outputs by inputs, float32 [T, N], as fast as XLA:CPU
+    can."""
+    over_inputs = (((1,), (1,)), ((), ()))
+    multiply = partial(
+        jax.lax.dot_general, dimension_numbers=over_inputs, preferred_element_type=jnp.float32
+    )
+    if x.dtype != jnp.float32 or not 1 < len(x) <= WEIGHT_FIRST_ROWS:
+        return multiply(x, matrix)
+    # The barrier keeps XLA from turning the product round.
+    return jax.lax.optimization_barrier(multiply(matrix, x)).T
 
 
 def _times_offsets(x: jax.Array, offsets: jax.Array) -> jax.Array:
@@ -144,15 +154,15 @@ def _times_offsets(x: jax.Array, offsets: jax.Array) -> jax.Array:
     return jnp.einsum("tg,ng->tn", sums[:, :, 0], offsets, precision=highest)
 
 
-def _axes(spec: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The axes of w that `spec` sums over, in x's order, and the others."""
+def _inputs(spec: str) -> tuple[int, ...]:
+    """The axes of w that `spec` sums over, in x's order."""
     operands, _, result = spec.partition("->")
     x, _, w = operands.partition(",")
     inputs = tuple(w.find(letter) for letter in x[1:])
     kept = tuple(axis for axis, letter in enumerate(w) if letter not in x)
     if -1 in inputs or not inputs or result != x[:1] + "".join(w[axis] for axis in kept):
         raise ValueError(f"einsum {spec!r}: it must be rows and inputs, inputs and outputs of w")
-    return inputs, kept
+    return inputs
 
 
 def take(table: Any, ids: jax.Array, dtype: str) -> jax.Array:

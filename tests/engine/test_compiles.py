@@ -1,14 +1,12 @@
 """No compile after warm-up, in every feature mix; every bucket is known and bounded."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxinfer import RecompileError, SamplingParams
-from jaxinfer.buckets import Bucket, Buckets
+from jaxinfer.buckets import Buckets
 from jaxinfer.request import Row, StepPlan
-from jaxinfer.runner import COMPILES, XLA_LOOPS, XLA_LOOPS_TOKENS, _is_known, compiler_options
+from jaxinfer.runner import COMPILES
 from tests.helpers import assert_no_leak, tiny_llm
 
 NUM_REQUESTS = 200
@@ -104,45 +102,3 @@ def test_buckets_hold_every_plan(rows, tokens):
         if not all(n == 1 for n in sizes):
             assert not chosen.decode_only
     assert buckets.choose(plan([1] * rows)).decode_only
-
-
-@pytest.mark.parametrize(
-    ("options", "few"),
-    [({}, XLA_LOOPS), ({"dtype": "bfloat16"}, None), ({"quantization": "int8"}, None)],
-)
-def test_few_rows_of_float32_alone_are_multiplied_by_xlas_loops(tiny, options, few):
-    with tiny_llm(tiny, **options) as llm:
-        model = llm.engine.runner.model
-        rows = {n: compiler_options(model, Bucket(n, n)) for n in (1, 2, 3, 8, 16, 17, 64)}
-    assert rows == {1: None, 2: None, 3: few, 8: few, 16: few, 17: None, 64: None}
-
-
-def test_the_programs_of_steps_are_compiled_so(tiny, monkeypatch):
-    counts = []
-    for tokens in (XLA_LOOPS_TOKENS, range(0)):
-        monkeypatch.setattr("jaxinfer.runner.XLA_LOOPS_TOKENS", tokens)
-        with tiny_llm(tiny) as llm:
-            text = llm.engine.runner.compile(Bucket(8, 8)).as_text()
-        counts.append(text.count('"__ynn_fusion"'))
-    assert counts[0] < counts[1]
-
-
-def test_what_the_user_says_of_the_option_holds(tiny, monkeypatch):
-    with tiny_llm(tiny) as llm:
-        model = llm.engine.runner.model
-    (option,) = XLA_LOOPS
-    assert compiler_options(model, Bucket(8, 8)) == XLA_LOOPS
-    monkeypatch.setenv("XLA_FLAGS", f"--{option}=")
-    assert compiler_options(model, Bucket(8, 8)) is None
-
-
-def test_an_option_that_xla_lacks_is_noticed():
-    assert not _is_known("xla_cpu_no_such_option", True)
-
-
-def test_the_option_keeps_a_product_from_ynnpack():
-    """What the option relies on: XLA has it, and without it takes YNNPACK for a product."""
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 576), (576, 1536))]
-    lowered = jax.jit(jnp.dot).lower(*shapes)
-    texts = [lowered.compile(compiler_options=o).as_text() for o in (None, XLA_LOOPS)]
-    assert ["__ynn_fusion" in text for text in texts] == [True, False]

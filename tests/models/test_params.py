@@ -67,10 +67,10 @@ def test_projections_are_laid_out_by_head():
     o, bias = tensors[prefix + "o_proj.weight"], tensors[prefix + "q_proj.bias"]
     for head in range(model.config.num_heads):
         rows = slice(head * h, (head + 1) * h)
-        np.testing.assert_array_equal(attn["q"][:, head], q[rows].T)
-        np.testing.assert_array_equal(attn["o"][head], o[:, rows].T)
+        np.testing.assert_array_equal(attn["q"][head], q[rows])
+        np.testing.assert_array_equal(attn["o"][:, head], o[:, rows])
         np.testing.assert_array_equal(attn["q_bias"][head], bias[rows])
-    np.testing.assert_array_equal(attn["k"][:, 1], k[h : 2 * h].T)
+    np.testing.assert_array_equal(attn["k"][1], k[h : 2 * h])
 
 
 def test_missing_unused_and_mis_shaped_are_listed_together():

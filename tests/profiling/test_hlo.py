@@ -9,7 +9,7 @@ from tests.profiling.xspace import Op, program
 @pytest.mark.parametrize(
     ("op_name", "scope"),
     [
-        ("jit(step)/Decoder/layers_3/attn/qkv/td,dnh->tnh/dot_general", "Decoder/layers/attn/qkv"),
+        ("jit(step)/Decoder/layers_3/attn/qkv/td,nhd->tnh/dot_general", "Decoder/layers/attn/qkv"),
         ("jit(step)/Decoder/layers_12/attn/attention/while/body/cond/branch_0_fun/add",
          "Decoder/layers/attn/attention"),
         ("jit(step)/sampler/draw/vmap(jit(_gumbel))/jit(_uniform)/vmap()/while/body/closed_call/add",
@@ -72,7 +72,7 @@ def test_a_product_without_a_name_is_found_by_its_weight():
         main=[
             Op("p", "parameter", weight),
             Op("x", "add", "jit(f)/norm/add"),
-            Op("dot.1", "dot", "jit(f)/layers_0/attn/qkv/td,dnh->tnh/dot_general", ("x", "p")),
+            Op("dot.1", "dot", "jit(f)/layers_0/attn/qkv/td,nhd->tnh/dot_general", ("x", "p")),
         ]
     )
     found = read(

@@ -1,5 +1,6 @@
 """QuantArray as a pytree; einsum and take over arrays and QuantArrays."""
 
+import re
 from functools import partial
 
 import jax
@@ -13,11 +14,11 @@ from pallas_kernels import resolve
 from pallas_kernels.quant_matmul import dequantise
 from tests.kernels.quant_cases import FORMATS
 
-OP = resolve("reference").quant_matmul
+OPS = resolve("reference")
 SPECS = [  # spec, shape of w, axes summed over
     ("td,df->tf", (64, 24), (0,)),
-    ("td,dnh->tnh", (64, 3, 8), (0,)),
-    ("tnh,nhd->td", (4, 16, 24), (0, 1)),
+    ("td,nhd->tnh", (3, 8, 64), (2,)),
+    ("tnh,dnh->td", (24, 4, 16), (1, 2)),
     ("rd,vd->rv", (24, 64), (1,)),
 ]
 
@@ -42,29 +43,31 @@ def test_einsum_is_that_of_the_float_weight(spec, shape, contracted, name):
     rest = [shape[axis] for axis in contracted]
     for t in (1, 5):
         x = np.random.default_rng(t).standard_normal((t, *rest)).astype(np.float32)
-        got = jax.jit(partial(einsum, spec, quant_matmul=OP))(x, w=w)
+        got = jax.jit(partial(einsum, spec, ops=OPS))(x, w=w)
         want = np.einsum(spec, x.astype(np.float64), restored(w).astype(np.float64))
-        plain = einsum(spec, jnp.asarray(x), jnp.asarray(restored(w)), OP)
+        plain = einsum(spec, jnp.asarray(x), jnp.asarray(restored(w)), OPS)
         for out in (got, plain):
             assert out.dtype == jnp.float32 and out.shape == want.shape
             # 64 terms of about 1: far from what a wrong axis would give.
             np.testing.assert_allclose(out, want, atol=2e-5)
 
 
-@pytest.mark.parametrize("rows", [2, 3, 7, 8])
-def test_a_few_rows_against_inputs_side_by_side_are_computed_as_eight(rows: int):
+@pytest.mark.parametrize(("rows", "first"), [(1, False), (2, True), (64, True), (65, False)])
+def test_a_weight_is_the_first_operand_for_few_rows(rows: int, first: bool):
+    """Also of the product that XLA:CPU then computes, which is the transposed one."""
     rng = np.random.default_rng(0)
-    w, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((64, 24), (8, 24)))
-    multiply = partial(einsum, "rd,vd->rv", w=w, quant_matmul=OP)
-    got = jax.jit(lambda x: multiply(x=x))(x[:rows])
-    np.testing.assert_allclose(got, x[:rows] @ w.T, rtol=1e-5, atol=1e-5)  # order of 24 products
-    computed = str(jax.make_jaxpr(lambda x: multiply(x=x))(x[:rows]))
-    assert ("f32[8,64]" in computed) == (rows > 2)
+    w, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((48, 24), (rows, 24)))
+    program = jax.jit(partial(einsum, "rd,vd->rv", w=w, ops=OPS)).lower(x).compile()
+    np.testing.assert_allclose(program(x), x @ w.T, rtol=1e-5, atol=1e-5)  # order of 24 products
+    products = re.findall(
+        r"= f32\[([0-9,]+)\]\S* (?:dot|fusion)\([^\n]*dot_general", program.as_text()
+    )
+    assert (f"48,{rows}" in products) == first
 
 
 def test_one_row_of_two_bytes_is_computed_as_two():
     x = jnp.ones((1, 64), jnp.bfloat16)
-    out = einsum("td,df->tf", x, jnp.ones((64, 3), jnp.bfloat16), OP)
+    out = einsum("td,df->tf", x, jnp.ones((64, 3), jnp.bfloat16), OPS)
     np.testing.assert_array_equal(out, np.full((1, 3), 64, np.float32))
 
 
@@ -72,13 +75,13 @@ def test_one_row_of_two_bytes_is_computed_as_two():
 def test_other_axes_than_those_quantised_are_refused(spec: str):
     w = made((64, 24), (0,), "int8")
     with pytest.raises(ValueError, match=r"quantised along \(0,\)"):
-        einsum(spec, jnp.ones((2, 24, 1)[: len(spec.split(",")[0])]), w, OP)
+        einsum(spec, jnp.ones((2, 24, 1)[: len(spec.split(",")[0])]), w, OPS)
 
 
 @pytest.mark.parametrize("spec", ["td,df->ft", "td,ef->tf", "td,df", "t,f->tf", "td,df->f"])
 def test_a_spec_that_is_no_matmul_of_rows_is_refused(spec: str):
     with pytest.raises(ValueError, match="must be rows and inputs"):
-        einsum(spec, jnp.ones((2, 3)), jnp.ones((3, 4)), OP)
+        einsum(spec, jnp.ones((2, 3)), jnp.ones((3, 4)), OPS)
 
 
 @pytest.mark.parametrize("name", ["w8a8", "int8", "int4_32", "fp8"])

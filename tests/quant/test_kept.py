@@ -110,7 +110,7 @@ def test_einsum_is_that_of_the_floats(case: str, num_rows: int):
 def check_einsum(w: QuantArray, num_rows: int) -> None:
     x = np.random.default_rng(num_rows).standard_normal((num_rows, w.shape[0])).astype(np.float32)
     floats = np.asarray(w.dequantised()).astype(np.float64)
-    got = jax.jit(partial(einsum, "td,df->tf", quant_matmul=OPS.quant_matmul))(x, w=w)
+    got = jax.jit(partial(einsum, "td,df->tf", ops=OPS))(x, w=w)
     # float32 sums of K products, each rounded: far from what a wrong group or input would give
     bound = 4 * w.shape[0] ** 0.5 * np.finfo(np.float32).eps * (np.abs(x) @ np.abs(floats))
     assert (np.abs(got - x @ floats) <= bound).all()
@@ -124,7 +124,7 @@ def test_int8_activations_are_within_half_a_step():
     w = held(weight, how)
     x = np.random.default_rng(0).standard_normal((5, w.shape[0])).astype(np.float32)
     floats = np.asarray(w.dequantised()).astype(np.float64)
-    got = np.asarray(einsum("td,df->tf", jnp.asarray(x), w, OPS.quant_matmul))
+    got = np.asarray(einsum("td,df->tf", jnp.asarray(x), w, OPS))
     step = np.abs(x).max(axis=1, keepdims=True) / 127
     off = np.abs(got - x @ floats)
     assert (off <= 0.501 * step * np.abs(floats).sum(axis=0)).all() and off.any()
