@@ -97,7 +97,7 @@ class QuantArray:
 
 def einsum(spec: str, x: jax.Array, w: Any, ops: Any) -> jax.Array:
     """`einsum(spec, x, w)`, accumulated and returned in float32, w an array or a QuantArray; `ops`
-    (pallas_kernels.Ops) has what multiplies the latter.
+    (pallas_kernels.Ops) says where this runs, and has what multiplies QuantArrays.
 
     x's first axis is rows; its others, all that x has beside them, are summed over. The output has
     the rows, then w's other axes in w's order: "tnh,dnh->td". ValueError for another spec, or one
