@@ -104,13 +104,13 @@ def einsum(spec: str, x: jax.Array, w: Any, ops: Any) -> jax.Array:
     that sums over other axes than w was quantised for.
     """
     inputs = _inputs(spec)
+    rows = x.reshape(len(x), -1)
     if isinstance(w, QuantArray):
         if inputs != w.contracted:
             raise ValueError(
                 f"einsum {spec!r} sums over axes {inputs} of a weight that was quantised along "
                 f"{w.contracted}"
             )
-        rows = x.reshape(len(x), -1)
         if w.permutation is not None:
             rows = jnp.take(rows, w.permutation, axis=1)
         out = ops.quant_matmul(rows, w.data, w.scales, w.zeros, format=w.format)
@@ -123,7 +123,7 @@ def einsum(spec: str, x: jax.Array, w: Any, ops: Any) -> jax.Array:
     if ops.platform == "cpu" and inputs == tuple(range(w.ndim - len(inputs), w.ndim)):
         outputs = w.shape[: -len(inputs)]
         matrix = w.reshape(math.prod(outputs), -1)  # two inputs would make XLA:CPU copy the weight
-        return _times_matrix(x.reshape(len(x), -1), matrix).reshape(len(x), *outputs)
+        return _times_matrix(rows, matrix).reshape(len(x), *outputs)
     return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32)
 
 

@@ -33,8 +33,8 @@ from pallas_kernels.paged_attention.token_major import page_bytes as page_bytes
 # few tokens of a row, and the few of a row that verifies a draft, take the small tile.
 DECODE_BLOCK = 64
 TILE_BLOCK = 128
-FEW_ROWS, MANY_ROWS, MOST_ROWS = 8, 64, 16
-"""Rows that a CPU decodes at a time, longest first: FEW_ROWS, from MANY_ROWS rows on MOST_ROWS.
+GROUP, LARGE_GROUP, MANY_ROWS = 8, 16, 64
+"""Rows that a CPU decodes at a time, longest first: GROUP, from MANY_ROWS rows on LARGE_GROUP.
 Each group stops at its own longest row, and its block of K and V stays in the caches."""
 TILE = 64
 SMALL_TILE = 8
@@ -153,7 +153,7 @@ def paged_attention(
     q_rows = _first(scaled, num_rows)
     group = num_rows
     if target.platform == "cpu":
-        group = FEW_ROWS if num_rows < MANY_ROWS else MOST_ROWS
+        group = GROUP if num_rows < MANY_ROWS else LARGE_GROUP
     out = _decode(q_rows, pages, ragged.page_table, decode_lens, options, group)
     if not ragged.decode_only:
         out = _first(out, num_tokens)
@@ -183,16 +183,12 @@ def _decode(
     table = _pad_table(page_table, max(1, DECODE_BLOCK // pages.k.shape[-1]))
     if num_rows <= group:
         return _decode_group(q, pages, table, kv_lens, options)[:, :, :queries]
-    padding = -num_rows % group
-    q, table, kv_lens = (
-        jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)) for x in (q, table, kv_lens)
-    )
+    q, table, kv_lens = (_first(x, num_rows + -num_rows % group) for x in (q, table, kv_lens))
     order = jnp.argsort(kv_lens, descending=True)
     ordered = (q[order], table[order], kv_lens[order])
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
-        some = (lax.dynamic_slice_in_dim(x, i * group, group) for x in ordered)
-        q, table, kv_lens = some
+        q, table, kv_lens = (lax.dynamic_slice_in_dim(x, i * group, group) for x in ordered)
         done = _decode_group(q, pages, table, kv_lens, options)
         return lax.dynamic_update_slice_in_dim(out, done, i * group, axis=0)
 
@@ -328,8 +324,7 @@ def _tile(
         largest, total, acc = state
         ids = lax.dynamic_slice_in_dim(table, i * block, block)
         start = i * width
-        first = None if low is None else (low - start)[None]
-        kv = _gather(pages, ids[None], first, (high - start)[None])
+        kv = _gather(pages, ids[None], (low - start)[None], (high - start)[None])
         kv = jax.tree.map(lambda x: x[0], kv)
         pos = start + jnp.arange(width, dtype=jnp.int32)
         visible = (pos <= q_pos_all[:, None]) & is_real[:, None]

@@ -74,8 +74,10 @@ def smollm2(**changes) -> ModelConfig:
     return dataclasses.replace(config, **changes)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 4])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+# Of 8 float32 tokens the head's product alone, turned round after, is larger than the weight.
+@pytest.mark.parametrize(
+    ("dtype", "num_tokens"), [("float32", 1), ("float32", 4), ("bfloat16", 1), ("bfloat16", 8)]
+)
 @pytest.mark.parametrize("tied", [True, False])
 def test_no_weight_is_copied_in_the_step(tied, dtype, num_tokens):
     """XLA:CPU may transpose or convert an operand: no temporary may be as large as a weight."""
